@@ -1,0 +1,58 @@
+# Two commands matter:  make quickstart  (first run)  and  make test  (everything that decides a change).
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+export HF_HUB_DISABLE_TELEMETRY = 1
+
+.DEFAULT_GOAL := help
+.PHONY: help quickstart install test lint types pytest bench clean
+
+help:
+	@echo "make quickstart   set up and train SmolLM2-135M to extract facts (a few minutes on 2 cores)"
+	@echo "make test         set up and run lint, types and tests"
+	@echo "make install      only set up, with everything the tests need"
+	@echo "make lint types pytest bench clean"
+
+$(BIN)/python:
+	@echo "== making $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.core: pyproject.toml | $(BIN)/python
+	@echo "== installing mnemic and what it needs (about a minute, 1.2 GB with a CPU torch)"
+	@$(BIN)/python -m pip install -q -q -e .
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml | $(BIN)/python
+	@echo "== installing mnemic with what its tests need (about two minutes, 1.7 GB with a CPU torch)"
+	@$(BIN)/python -m pip install -q -q -e ".[dev]"
+	@mkdir -p .typings && ln -sfn .. .typings/mnemic
+	@touch $(VENV)/.core $@
+
+install: $(VENV)/.dev
+
+quickstart: $(VENV)/.core
+	@echo "== training recipes/quickstart.yaml into runs/quickstart"
+	@$(BIN)/mnemic train quickstart
+	@echo "== asking the trained model"
+	$(BIN)/mnemic generate runs/quickstart "Ines: My sister Paula just moved to Oslo, and I started learning the cello."
+
+test: lint types pytest
+
+lint: $(VENV)/.dev
+	@echo "== lint"
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+types: $(VENV)/.dev
+	@echo "== types"
+	@$(BIN)/pyright --pythonpath $(BIN)/python
+
+pytest: $(VENV)/.dev
+	@echo "== tests (the slow ones: $(BIN)/pytest -m slow)"
+	@$(BIN)/python -m pytest -q
+
+bench: $(VENV)/.dev
+	@$(BIN)/python scripts/bench_loop.py
+
+clean:
+	rm -rf build *.egg-info .pytest_cache .ruff_cache

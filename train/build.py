@@ -1,0 +1,151 @@
+"""From recipe parts to objects: tokenizer, model, optimizer, callbacks. One function a part."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mnemic.models.load import LoadError
+from mnemic.optim.groups import decay_groups
+from mnemic.train.callbacks.evaluation import EvaluationCallback, Probe
+from mnemic.train.data.formats import FormatError, as_example
+from mnemic.train.data.rows import Row
+from mnemic.train.data.stream import one_pass
+from mnemic.train.errors import UserError
+from mnemic.train.objectives.base import Objective
+from mnemic.train.objectives.build import eval_rows, eval_stream, sft_tokenizer
+from mnemic.train.recipe.model import NoAdapters, QLora, SmolLM2, TinyModel
+from mnemic.train.recipe.recipe import Recipe
+from mnemic.train.recipe.training import AdamW, SftObjective
+
+log = logging.getLogger("mnemic")
+
+
+def build_tokenizer(recipe: Recipe) -> Any:
+    from transformers.utils import logging as transformers_logging
+
+    from mnemic.models.load import load_tokenizer
+
+    # Bars for work of a second, in the middle of ours.
+    transformers_logging.disable_progress_bar()
+
+    model = recipe.model
+    if isinstance(model, TinyModel):
+        from mnemic.models.tiny import byte_tokenizer
+
+        return byte_tokenizer(model.max_position)
+    try:
+        if isinstance(model, SmolLM2):
+            return load_tokenizer(_smollm2_folder())
+        return load_tokenizer(
+            model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
+        )
+    except LoadError as error:
+        raise UserError(f"model: {error}") from error
+
+
+def _smollm2_folder() -> str:
+    from mnemic.models.smollm2 import ModelUnavailable, ensure_smollm2
+
+    try:
+        return str(ensure_smollm2(log=log.info))
+    except ModelUnavailable as error:
+        raise UserError(f"model.kind=smollm2-135m: {error}") from error
+
+
+def build_model(recipe: Recipe, tokenizer: Any) -> Any:
+    """The model with its adapters, on the CPU; parameters that are not trained are frozen."""
+    from mnemic.models.load import load_causal_lm, torch_dtype
+
+    part, adapters, seed = recipe.model, recipe.adapters, recipe.loop.seed
+    four_bit: dict[str, Any] = (
+        {"quantize_4bit": True, "double_quant": adapters.double_quant}
+        if isinstance(adapters, QLora)
+        else {}
+    )
+    try:
+        if isinstance(part, TinyModel):
+            from mnemic.models.tiny import tiny_llama
+
+            model = tiny_llama(
+                tokenizer, hidden_size=part.hidden_size, layers=part.layers, heads=part.heads,
+                max_position=part.max_position, seed=seed,
+            ).to(torch_dtype(part.dtype))  # fmt: skip
+        elif isinstance(part, SmolLM2):
+            model = load_causal_lm(_smollm2_folder(), dtype=part.dtype, **four_bit)
+        else:
+            model = load_causal_lm(
+                part.path, dtype=part.dtype, revision=part.revision, attention=part.attention,
+                trust_remote_code=part.trust_remote_code, **four_bit,
+            )  # fmt: skip
+        model.config.use_cache = True
+        if not isinstance(adapters, NoAdapters):
+            from mnemic.models.lora import add_lora
+
+            model = add_lora(
+                model, r=adapters.r, alpha=adapters.alpha, dropout=adapters.dropout,
+                target_modules=adapters.target_modules, rslora=adapters.rslora,
+                dora=adapters.kind == "dora", quantized=bool(four_bit), seed=seed,
+            )  # fmt: skip
+    except LoadError as error:
+        raise UserError(f"model: {error}") from error
+    if recipe.loop.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+def check_length(recipe: Recipe, model: Any) -> None:
+    """Rows longer than the model's positions would train on nonsense."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    objective = recipe.objective
+    sft = isinstance(objective, SftObjective)
+    key, length = ("max_length", objective.max_length) if sft else ("seq_len", objective.seq_len)
+    if limit and length > limit:
+        raise UserError(
+            f"objective.{key}={length} is longer than the model's {limit} positions; lower it"
+        )
+
+
+def build_optimizer(recipe: Recipe, model: Any) -> torch.optim.Optimizer:
+    """The optimizer over all trainable parameters; matrices decay, vectors do not."""
+    part = recipe.optimizer
+    groups = decay_groups(model, part.weight_decay)
+    if isinstance(part, AdamW):
+        devices = {p.device.type for group in groups for p in group["params"]}
+        return torch.optim.AdamW(
+            groups,
+            lr=part.lr,
+            betas=(part.beta1, part.beta2),
+            eps=part.eps,
+            fused=devices <= {"cpu", "cuda", "xpu", "mps"},
+        )
+    return torch.optim.SGD(groups, lr=part.lr, momentum=part.momentum)
+
+
+def build_evaluation(
+    recipe: Recipe, tokenizer: Any, objective: Objective, samples: Path
+) -> EvaluationCallback | None:
+    part = recipe.evaluation
+    if part is None:
+        return None
+    stream, _ = eval_stream(recipe, tokenizer)
+    examples = one_pass(stream, part.max_rows)
+    if sum(e.num_targets for e in examples) == 0:
+        raise UserError("evaluation: the held-out rows hold no trained token; give more of them")
+    probes: list[Probe] = []
+    if part.exact_match and isinstance(recipe.objective, SftObjective):
+        convert = sft_tokenizer(recipe.objective, tokenizer)
+        rows: list[Row] = one_pass(eval_rows(recipe, quiet=True), part.max_rows)
+        for row in rows:
+            try:
+                example = as_example(row.fields)
+                probes.append(Probe(convert.prompt(example), convert.reference(example)))
+            except FormatError as error:
+                # The stream of examples has reported and counted this row already.
+                log.debug("%s: %s", row.where, error)
+    return EvaluationCallback(
+        objective, examples, probes, tokenizer=tokenizer, every=part.every,
+        at_start=part.at_start, batch_size=part.batch_size, max_new_tokens=part.max_new_tokens,
+        metric=part.metric, patience=part.patience, samples=samples,
+    )  # fmt: skip

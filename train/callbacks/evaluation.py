@@ -1,0 +1,170 @@
+"""Held-out loss and exact match during the run; early stop and the best checkpoint go by them."""
+
+import json
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mnemic.train.callbacks.base import Callback, MetricsRow
+from mnemic.train.data.collate import collate
+from mnemic.train.data.tokenize import Example
+from mnemic.train.generate import generate_greedy
+from mnemic.train.objectives.base import Objective
+
+if TYPE_CHECKING:
+    from mnemic.train.trainer import Trainer
+
+log = logging.getLogger("mnemic")
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """A prompt to generate from and the text a good model answers."""
+
+    prompt: list[int]
+    reference: str
+
+
+class EvaluationCallback(Callback):
+    """Adds `eval/loss` (mean over held-out trained tokens) and, with probes, `eval/exact_match`.
+
+    Exact match compares whole texts, white space at both ends aside. Rows are shared out over the
+    ranks.
+    """
+
+    name = "evaluation"
+
+    def __init__(
+        self,
+        objective: Objective,
+        examples: Sequence[Example],
+        probes: Sequence[Probe],
+        *,
+        tokenizer: Any,
+        every: int,
+        at_start: bool,
+        batch_size: int,
+        max_new_tokens: int,
+        metric: str,
+        patience: int | None,
+        samples: Path,
+    ) -> None:
+        self.objective, self.examples, self.probes = objective, examples, probes
+        self.tokenizer, self.every, self.at_start = tokenizer, every, at_start
+        self.batch_size, self.max_new_tokens = batch_size, max_new_tokens
+        self.metric, self.patience, self.samples = metric, patience, samples
+        self.best: float | None = None
+        self.best_step = 0
+        self.without_gain = 0
+        self.first: dict[str, float] = {}
+        self.latest: dict[str, float] = {}
+
+    def on_start(self, trainer: "Trainer") -> None:
+        if self.patience and self.without_gain >= self.patience:
+            trainer.stop(self._reason())
+
+    def on_step(self, trainer: "Trainer", row: MetricsRow) -> None:
+        step = row["step"]
+        if not (
+            self.at_start if step == 0 else step % self.every == 0 or step == trainer.total_steps
+        ):
+            return
+        found = self.evaluate(trainer, step)
+        row.update(found)
+        self.latest = {k: v for k, v in found.items() if not k.startswith("perf/")}
+        self.first = self.first or {"step": step, **self.latest}
+        self._judge(trainer, step)
+
+    def _judge(self, trainer: "Trainer", step: int) -> None:
+        value = self.latest[self.metric]
+        gain = (
+            value < self.best
+            if self.best is not None and self.metric == "eval/loss"
+            else (self.best is None or value > self.best)
+        )
+        if gain:
+            self.best, self.best_step, self.without_gain = value, step, 0
+            if step:
+                trainer.protected_steps = {step}
+                trainer.save_requested = True
+        elif self.patience:
+            self.without_gain += 1
+            if self.without_gain >= self.patience:
+                trainer.stop(self._reason())
+
+    def _reason(self) -> str:
+        best = f"best at step {self.best_step}"
+        return f"{self.metric} did not improve in {self.patience} evaluations ({best})"
+
+    @torch.no_grad()
+    def evaluate(self, trainer: "Trainer", step: int) -> dict[str, float]:
+        """Metrics of the present model; also used outside the loop."""
+        start = time.perf_counter()
+        rank, world = trainer.accelerator.process_index, trainer.accelerator.num_processes
+        model = trainer.module
+        model.eval()
+        pad_id = self.tokenizer.pad_token_id
+        loss = weight = matches = 0.0
+        rows = sorted(self.examples, key=lambda e: len(e.input_ids))[rank::world]
+        for i in range(0, len(rows), self.batch_size):
+            batch = collate(rows[i : i + self.batch_size], pad_id=pad_id, packed=False)
+            with trainer.autocast():
+                value, _ = self.objective.loss(model, batch.to(trainer.accelerator.device))
+            loss, weight = loss + float(value), weight + batch.weight
+        mine = list(self.probes)[rank::world]
+        texts: list[str] = []
+        if mine:
+            with trainer.autocast():
+                texts = generate_greedy(
+                    model,
+                    self.tokenizer,
+                    [probe.prompt for probe in mine],
+                    max_new_tokens=self.max_new_tokens,
+                    batch_size=self.batch_size,
+                )
+            matches = sum(
+                t.strip() == p.reference.strip() for t, p in zip(texts, mine, strict=True)
+            )
+        loss, weight, matches = trainer.sum_over_ranks([loss, weight, float(matches)])
+        model.train()
+        found = {"eval/loss": loss / weight}
+        if self.probes:
+            found["eval/exact_match"] = matches / len(self.probes)
+            if trainer.is_main:
+                self._write_samples(step, mine, texts)
+        found["perf/eval_seconds"] = time.perf_counter() - start
+        return found
+
+    def _write_samples(self, step: int, probes: list[Probe], texts: list[str]) -> None:
+        with self.samples.open("a", encoding="utf-8") as file:
+            for probe, text in zip(probes[:8], texts, strict=False):
+                prompt = self.tokenizer.decode(probe.prompt, skip_special_tokens=False)
+                sample = {
+                    "step": step,
+                    "prompt": prompt,
+                    "reference": probe.reference,
+                    "generated": text,
+                }
+                file.write(json.dumps(sample, ensure_ascii=False) + "\n")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "best": self.best,
+            "best_step": self.best_step,
+            "without_gain": self.without_gain,
+            "first": self.first,
+            "latest": self.latest,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.best, self.best_step = state["best"], state["best_step"]
+        self.without_gain, self.first, self.latest = (
+            state["without_gain"],
+            state["first"],
+            state["latest"],
+        )

@@ -1,0 +1,150 @@
+"""What each command of `mnemic` does, given its parsed arguments."""
+
+import json
+import logging
+import shutil
+import sys
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from mnemic.train.errors import RecipeError, UserError
+from mnemic.train.recipe.load import (
+    dump_recipe,
+    find_recipe,
+    load_recipe,
+    read_yaml,
+    shipped_recipes,
+    to_yaml,
+)
+
+log = logging.getLogger("mnemic")
+
+
+def train(args: Namespace) -> int:
+    recipe, notes = load_recipe(args.recipe, args.overrides)
+    for note in notes:
+        log.warning("note: %s", note)
+    from rich.console import Console
+
+    from mnemic.train.preflight import is_main_process
+    from mnemic.train.run import run
+
+    # A long line is one line in a log file, whatever width rich assumes there.
+    console = Console(soft_wrap=True)
+    summary = run(recipe, console)
+    if is_main_process():
+        from mnemic.train.summary import show
+
+        show(summary, recipe, console)
+    return 0
+
+
+def validate(args: Namespace) -> int:
+    recipe, notes = load_recipe(args.recipe, args.overrides)
+    for note in notes:
+        log.warning("note: %s", note)
+    from mnemic.train.preflight import check_data, check_environment
+
+    check_environment(recipe)
+    for note in check_data(recipe):
+        log.info(note)
+    if args.show:
+        print(to_yaml(dump_recipe(recipe)), end="")
+    print(f"{args.recipe}: valid; it would train into {recipe.folder}")
+    return 0
+
+
+def recipes(args: Namespace) -> int:
+    shipped = shipped_recipes()
+    if args.action == "ls":
+        width = max(map(len, shipped), default=0)
+        for name, path in shipped.items():
+            print(f"{name:<{width}}  {_first_comment(path)}")
+        return 0
+    source = find_recipe(args.name)
+    target = Path(args.target or ".")
+    if target.is_dir():
+        target = target / source.name
+    if target.exists():
+        raise UserError(f"{target}: exists already; give another name")
+    if not target.parent.is_dir():
+        raise UserError(f"{target.parent}: no such folder")
+    shutil.copyfile(source, target)
+    print(f"{target}: copied; edit it, then  mnemic train {target}")
+    return 0
+
+
+def _first_comment(path: Path) -> str:
+    for line in path.read_text("utf-8").splitlines():
+        text = line.lstrip("# ").strip()
+        if line.startswith("#") and text and "$schema" not in text:
+            return text
+    return str(read_yaml(path).get("name", ""))
+
+
+def schema(args: Namespace) -> int:
+    from mnemic.train.recipe.recipe import Recipe
+
+    text = json.dumps(Recipe.model_json_schema(), indent=1)
+    if args.out:
+        Path(args.out).write_text(text + "\n", "utf-8")
+        print(
+            f"{args.out}: put  # yaml-language-server: $schema={args.out}  on a recipe's first line"
+        )
+    else:
+        print(text)
+    return 0
+
+
+def export(args: Namespace) -> int:
+    from mnemic.train.export import export_run
+
+    out = export_run(args.run, args.target, checkpoint=args.checkpoint, merge=args.merge)
+    print(f"{out}: written; from_pretrained loads it")
+    return 0
+
+
+def generate(args: Namespace) -> int:
+    from mnemic.train.folder import open_run
+
+    if args.max_new_tokens < 1:
+        raise RecipeError("--max-new-tokens: must be 1 or more")
+    open_run(args.run)
+    prompts = args.prompt or [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    if not prompts:
+        raise RecipeError("generate: no prompt; give one as an argument or on standard input")
+    from mnemic.train.export import load_run
+    from mnemic.train.generate import generate_greedy
+
+    model, tokenizer, recipe = load_run(args.run, args.checkpoint)
+    if args.base and not hasattr(model, "disable_adapter"):
+        raise UserError("--base: this run has no adapters to leave out")
+    ids = [_prompt_ids(tokenizer, recipe, prompt) for prompt in prompts]
+    from contextlib import nullcontext
+
+    with model.disable_adapter() if args.base else nullcontext():
+        for text in generate_greedy(model, tokenizer, ids, max_new_tokens=args.max_new_tokens):
+            print(text.strip())
+    return 0
+
+
+def _prompt_ids(tokenizer: Any, recipe: Any, prompt: str) -> list[int]:
+    """A conversation of one user turn as the run trained on; plain text for objective `lm`."""
+    if recipe.objective.kind == "lm" or not tokenizer.chat_template:
+        return tokenizer(prompt).input_ids
+    from mnemic.train.data.tokenize import render, with_system
+
+    messages = with_system([{"role": "user", "content": prompt}], recipe.objective.system)
+    return render(tokenizer, messages, generation=True)
+
+
+def doctor(args: Namespace) -> int:
+    from mnemic.train.doctor import examine, show
+
+    report = examine(Path(args.path))
+    if args.json:
+        print(json.dumps(report, indent=1))
+    else:
+        show(report)
+    return 0

@@ -1,0 +1,117 @@
+"""Objectives over token rows, `lm` and `sft`: one stream of `Example`s, one cross-entropy."""
+
+import inspect
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mnemic.train.data.collate import Batch, collate
+from mnemic.train.data.rows import BadRows
+from mnemic.train.data.stream import Stage, take
+from mnemic.train.data.tokenize import IGNORE, Example
+from mnemic.train.objectives.base import Objective
+
+
+class TokenObjective(Objective):
+    """Cross-entropy over the labelled tokens of a stream of examples.
+
+    Of each global batch of `batch_size` rows, sorted by length so that little is padding, rank r
+    takes micro-batches r, r + world, ...
+    """
+
+    def __init__(
+        self,
+        stream: Stage[Example],
+        *,
+        batch_size: int,
+        micro_batch_size: int,
+        pad_id: int,
+        packed: bool,
+        bad: BadRows,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        self.stream, self.batch_size, self.micro = stream, batch_size, micro_batch_size
+        self.pad_id, self.packed, self.bad = pad_id, packed, bad
+        self.rank, self.world = rank, world
+
+    def microbatches(self, step: int) -> list[Batch]:
+        del step  # the stream knows where it stands
+        rows = sorted(take(self.stream, self.batch_size), key=lambda e: len(e.input_ids))
+        chunks = [rows[i : i + self.micro] for i in range(0, len(rows), self.micro)]
+        mine = chunks[self.rank :: self.world]
+        return [collate(chunk, pad_id=self.pad_id, packed=self.packed) for chunk in mine]
+
+    def loss(self, model: Any, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+        return token_loss(model, batch), {}
+
+    def metrics(self) -> dict[str, float]:
+        found = {"data/bad_rows": self.bad.count, "data/truncated_rows": self.bad.truncated}
+        return {key: float(value) for key, value in found.items() if value}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"stream": self.stream.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.stream.load_state_dict(state["stream"])
+
+
+@lru_cache(maxsize=8)
+def _accepts_logits_to_keep(forward_class: type) -> bool:
+    return "logits_to_keep" in inspect.signature(forward_class.forward).parameters  # type: ignore[attr-defined]
+
+
+def base_of(model: Any) -> Any:
+    """The transformers model under DDP and peft wrappers."""
+    model = getattr(model, "module", model)
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def token_loss(model: Any, batch: Batch) -> Tensor:
+    """Sum of the next-token cross-entropies at labelled tokens, fp32.
+
+    The head runs only at columns in which some row has a target (exact: other logits have no
+    gradient), so a batch of long prompts and short completions never holds (B, T, V) logits.
+    """
+    inputs = {k: v for k, v in batch.tensors.items() if k not in ("labels", "logit_columns")}
+    targets = batch.tensors["labels"][:, 1:]
+    columns = batch.tensors.get("logit_columns")
+    if columns is not None and _accepts_logits_to_keep(type(base_of(model))):
+        logits = model(**inputs, use_cache=False, logits_to_keep=columns).logits
+        targets = targets[:, columns]
+    else:
+        logits = model(**inputs, use_cache=False).logits[:, :-1]
+    return F.cross_entropy(
+        logits.reshape(-1, logits.shape[-1]).float(),
+        targets.reshape(-1),
+        ignore_index=IGNORE,
+        reduction="sum",
+    )
+
+
+@torch.no_grad()
+def keeps_packed_rows_apart(model: Any) -> bool:
+    """Whether positions that restart at 0 separate the rows of a packed batch in this model.
+
+    Changing the first of two packed rows must leave the logits of the second equal to the last bit.
+    """
+    device = next(model.parameters()).device
+    second = [5, 6, 7, 8, 9]
+    positions = torch.arange(5, device=device).repeat(2)[None]
+    was_training = model.training
+    model.eval()
+    try:
+        logits = [
+            model(
+                input_ids=torch.tensor([first + second], device=device),
+                position_ids=positions,
+                use_cache=False,
+            ).logits[:, 5:]
+            for first in ([0, 1, 2, 3, 4], [9, 8, 7, 6, 5])
+        ]
+    finally:
+        model.train(was_training)
+    return torch.equal(logits[0], logits[1])

@@ -1,0 +1,98 @@
+"""Checks that need no torch: data files exist, their rows parse and suit the objective. Runs before
+anything heavy.
+"""
+
+import os
+from pathlib import Path
+
+from mnemic.train.data.formats import FormatError
+from mnemic.train.data.rows import BadRow, Source
+from mnemic.train.data.sources import open_source
+from mnemic.train.errors import UserError
+from mnemic.train.objectives.check import check_row
+from mnemic.train.recipe.data import Data, HubData, ParquetData
+from mnemic.train.recipe.recipe import Recipe
+from mnemic.train.recipe.training import WandbTracking
+
+LIMIT_BYTES = 64 << 20
+"""Files are checked whole up to this size, and to this many bytes beyond it."""
+
+
+def check_data(recipe: Recipe) -> list[str]:
+    """One line about each data section. Raises `UserError` at the first row that would stop the
+    run.
+    """
+    sections: list[tuple[str, Data]] = [("data", recipe.data)]
+    if recipe.evaluation and recipe.evaluation.data:
+        sections.append(("evaluation.data", recipe.evaluation.data))
+    notes = []
+    for key, data in sections:
+        if isinstance(data, HubData):
+            notes.append(f"{key}: {data.name} is loaded when training starts")
+            continue
+        source = open_source(data, key=key)
+        notes.append(_check_rows(source, data, key, recipe))
+    return notes
+
+
+def _check_rows(source: Source, data: Data, key: str, recipe: Recipe) -> str:
+    good = bad = 0
+    seen_bytes = 0
+    whole = True
+    first_bad: BadRow | None = None
+    for row in source.read(None):
+        if not isinstance(row, BadRow):
+            try:
+                check_row(row, recipe.objective)
+                good += 1
+                seen_bytes += sum(len(v) for v in row.fields.values() if isinstance(v, str)) + 64
+            except FormatError as error:
+                row = BadRow(str(error), row.where, row.after)
+        if isinstance(row, BadRow):
+            bad += 1
+            first_bad = first_bad or row
+            if data.on_bad_row == "stop":
+                raise UserError(
+                    f"{row.where}: {row.reason}; mend the row, "
+                    f"or set {key}.on_bad_row=skip to go on without such rows"
+                )
+        if seen_bytes > LIMIT_BYTES or (isinstance(data, ParquetData) and good >= 1000):
+            whole = False
+            break
+    if not good:
+        reason = f"; the first: {first_bad.where}: {first_bad.reason}" if first_bad else ""
+        raise UserError(f"{key}: no usable row in {bad} rows{reason}")
+    about = "all" if whole else "the first"
+    skipped = f", {bad} bad rows will be skipped" if bad else ""
+    return f"{key}: {about} {good:,} rows read well{skipped}"
+
+
+def check_environment(recipe: Recipe) -> None:
+    """Optional packages the recipe needs, and whether the model's folder is one."""
+    from importlib.util import find_spec
+
+    model, adapters, track = recipe.model, recipe.adapters, recipe.track
+    if isinstance(track, WandbTracking) and track.mode != "disabled" and not find_spec("wandb"):
+        raise UserError(
+            "track.kind=wandb needs wandb: pip install 'mnemic[track]', or set track=none"
+        )
+    if adapters.kind == "qlora" and not find_spec("bitsandbytes"):
+        raise UserError("adapters.kind=qlora needs bitsandbytes: pip install 'mnemic[offload]'")
+    if adapters.kind == "qlora" and model.kind == "tiny":
+        raise UserError(
+            "adapters.kind=qlora quantises a pretrained model; the tiny one is built in fp32"
+        )
+    if model.kind == "pretrained":
+        path = Path(model.path).expanduser()
+        looks_local = model.path.startswith((".", "/", "~")) or model.path.count("/") > 1
+        if looks_local and not path.exists():
+            raise UserError(f"model.path: {model.path} not found (from {Path.cwd()})")
+        if path.is_dir() and not (path / "config.json").is_file():
+            raise UserError(
+                f"model.path: {path} has no config.json; give a folder save_pretrained wrote"
+            )
+
+
+def is_main_process() -> bool:
+    """Rank 0, as torchrun and accelerate launch say, before torch is there to ask."""
+    return os.environ.get("RANK", "0") == "0"

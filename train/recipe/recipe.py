@@ -1,0 +1,81 @@
+"""The recipe: one YAML file, typed. Cross-part contradictions are refused here, before anything
+heavy loads.
+"""
+
+from pydantic import Field, model_validator
+
+from mnemic.train.recipe.base import Part
+from mnemic.train.recipe.data import Data, TextData
+from mnemic.train.recipe.model import Adapters, Model, NoAdapters, TinyModel
+from mnemic.train.recipe.training import (
+    Evaluation,
+    LmObjective,
+    Loop,
+    NoTracking,
+    Objective,
+    Optimizer,
+    PlainUpdate,
+    SftObjective,
+    Track,
+    Update,
+)
+
+
+class Recipe(Part):
+    """Everything a run depends on. `recipe.yaml` in the run folder is its complete dump."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the run: letters, digits, `.`, `_`, `-`."""
+    run_dir: str | None = None
+    """Folder of the run; null means `runs/<name>`."""
+    model: Model
+    """Which language model."""
+    adapters: Adapters = NoAdapters()
+    """What is trained beside the frozen model, or `none` to train the model itself."""
+    data: Data
+    """Training rows."""
+    objective: Objective
+    """What the loss is."""
+    optimizer: Optimizer
+    """How gradients become steps."""
+    update: Update = PlainUpdate()
+    """When gradients become weights."""
+    loop: Loop
+    """How long, how much at once, what is kept."""
+    evaluation: Evaluation | None = None
+    """Measures on held-out rows; null for none."""
+    track: Track = NoTracking()
+    """Where metrics go besides metrics.jsonl."""
+
+    @property
+    def folder(self) -> str:
+        return self.run_dir or f"runs/{self.name}"
+
+    @model_validator(mode="after")
+    def _check(self) -> "Recipe":
+        problems = []
+        evaluation, objective = self.evaluation, self.objective
+        eval_data = evaluation.data if evaluation else None
+        for key, data in (("data", self.data), ("evaluation.data", eval_data)):
+            if isinstance(data, TextData) and isinstance(objective, SftObjective):
+                problems.append(
+                    f"{key}.kind=text has no prompts; "
+                    f"set objective.kind=lm, or {key}.kind to jsonl, csv, parquet, hub or facts"
+                )
+        if evaluation and evaluation.exact_match and isinstance(objective, LmObjective):
+            problems.append(
+                "evaluation.exact_match needs prompts; set it to false, or objective.kind=sft"
+            )
+        length_key, length = (
+            ("objective.seq_len", objective.seq_len)
+            if isinstance(objective, LmObjective)
+            else ("objective.max_length", objective.max_length)
+        )
+        if isinstance(self.model, TinyModel) and length > self.model.max_position:
+            problems.append(
+                f"{length_key}={length} is longer than model.max_position="
+                f"{self.model.max_position}; lower the first or raise the second"
+            )
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self

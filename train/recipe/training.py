@@ -1,0 +1,205 @@
+"""Recipe parts that say how to train: `objective`, `optimizer`, `update`, `loop`, `evaluation`,
+`track`.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from mnemic.train.recipe.base import KindShorthand, Part
+from mnemic.train.recipe.data import Data
+
+
+class LmObjective(Part):
+    """Next-token prediction on text packed into rows of equal length."""
+
+    kind: Literal["lm"] = "lm"
+    seq_len: int = Field(512, ge=2)
+    """Tokens in a packed row."""
+
+
+class SftObjective(Part):
+    """Supervised fine-tuning on `messages` or `prompt` + `completion` rows."""
+
+    kind: Literal["sft"] = "sft"
+    loss_on: Literal["completion", "assistant", "all"] = "completion"
+    """Tokens that are learned: the last assistant turn (or the completion), every assistant turn,
+    or all.
+    """
+    max_length: int = Field(1024, ge=2)
+    """Longest row, tokens."""
+    too_long: Literal["truncate", "bad_row"] = "truncate"
+    """A longer row loses its end (counted and reported), or counts as a bad row."""
+    packing: bool = False
+    """Join short rows into rows of `max_length`, attention and positions kept apart."""
+    system: str | None = None
+    """System message for conversations that bring none; `mnemic generate` uses it too."""
+
+
+Objective = Annotated[LmObjective | SftObjective, Field(discriminator="kind"), KindShorthand]
+
+
+class AdamW(Part):
+    """AdamW (arXiv 1711.05101), torch's fused kernel; two fp32-or-weight-dtype moments for each
+    weight.
+    """
+
+    kind: Literal["adamw"] = "adamw"
+    lr: float = Field(1e-4, gt=0)
+    """Peak learning rate."""
+    beta1: float = Field(0.9, ge=0, lt=1)
+    """Decay of the first moment."""
+    beta2: float = Field(0.999, ge=0, lt=1)
+    """Decay of the second moment."""
+    eps: float = Field(1e-8, gt=0)
+    """Added to the root of the second moment."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled decay of matrices; vectors (biases, norms) have none."""
+
+
+class Sgd(Part):
+    """Stochastic gradient descent: no state without momentum, so the least memory of all."""
+
+    kind: Literal["sgd"] = "sgd"
+    lr: float = Field(1e-2, gt=0)
+    """Peak learning rate."""
+    momentum: float = Field(0.0, ge=0, lt=1)
+    """Heavy-ball momentum; above 0 it keeps one buffer for each weight."""
+    weight_decay: float = Field(0.0, ge=0)
+    """L2 penalty on matrices; vectors have none."""
+
+
+Optimizer = Annotated[AdamW | Sgd, Field(discriminator="kind"), KindShorthand]
+
+
+class PlainUpdate(Part):
+    """Whole backward first, then one optimizer step."""
+
+    kind: Literal["plain"] = "plain"
+    max_grad_norm: float | None = Field(default=1.0, gt=0)
+    """Global-norm clipping; null turns it off (the norm is logged all the same)."""
+
+
+Update = Annotated[PlainUpdate, KindShorthand]
+
+
+class Schedule(Part):
+    """Learning rate over optimizer steps, as a factor of `optimizer.lr`."""
+
+    kind: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
+    """After warm-up: flat; a line to the end; half a cosine; or flat, then a line over `decay`."""
+    warmup: float = Field(default=0.0, ge=0)
+    """Linear warm-up: below 1 a share of all steps, from 1 on a number of steps."""
+    decay: float = Field(default=0.2, gt=0, le=1)
+    """Share of all steps in which `wsd` decays."""
+    min_ratio: float = Field(default=0.0, ge=0, le=1)
+    """Factor at the last step."""
+
+
+class Loop(Part):
+    """How long, how much at once, and what is kept."""
+
+    steps: int | None = Field(None, ge=1)
+    """Optimizer steps. Give this or `epochs`."""
+    epochs: float | None = Field(None, gt=0)
+    """Passes over the data, counted before training. Give this or `steps`."""
+    batch_size: int = Field(8, ge=1)
+    """Rows for each optimizer step, over all devices: what the result depends on."""
+    micro_batch_size: int | None = Field(None, ge=1)
+    """Rows in one forward on one device; smaller takes less memory for the same result. null: all
+    at once.
+    """
+    seed: int = 0
+    """Seed of initial weights, data order and dropout."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16 runs matrix products in bf16 by autocast, whatever `model.dtype` holds the weights in.
+    """
+    device: Literal["auto", "cpu"] = "auto"
+    """auto takes an accelerator when there is one."""
+    schedule: Annotated[Schedule, KindShorthand] = Schedule()
+    """Learning rate over steps."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward: less memory, about a third more time, the same result.
+    """
+    save_every: int = Field(100, ge=1)
+    """Steps between checkpoints; one is always written at the end and on SIGINT or SIGTERM."""
+    keep_checkpoints: int = Field(2, ge=1)
+    """Newest checkpoints kept; the best one is kept as well."""
+    resume: str = "auto"
+    """auto: go on from the run folder's newest checkpoint; never: refuse a used folder; or a
+    checkpoint folder.
+    """
+
+    @model_validator(mode="after")
+    def _check(self) -> "Loop":
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give exactly one of steps and epochs; set the other to null")
+        if self.micro_batch_size and self.batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"batch_size={self.batch_size} is not a multiple of "
+                f"micro_batch_size={self.micro_batch_size}; change one of the two"
+            )
+        return self
+
+
+class Evaluation(Part):
+    """Measures on held-out rows during the run."""
+
+    data: Data | None = None
+    """Rows to evaluate on. Give this or `holdout`."""
+    holdout: float | None = Field(None, gt=0, lt=1)
+    """Share of `data` kept out of training: the end of a text, or every n-th row. Give this or
+    `data`.
+    """
+    every: int = Field(100, ge=1)
+    """Steps between evaluations; one is always made at the end."""
+    at_start: bool = True
+    """Also evaluate the untrained model (step 0)."""
+    batch_size: int = Field(16, ge=1)
+    """Rows in one forward or one generation."""
+    max_rows: int | None = Field(None, ge=1)
+    """Evaluate on the first rows only."""
+    exact_match: bool = False
+    """Generate greedily from each prompt and compare the text with the reference (objective `sft`).
+    """
+    max_new_tokens: int = Field(64, ge=1)
+    """Longest generation, tokens."""
+    metric: Literal["eval/loss", "eval/exact_match"] = "eval/loss"
+    """What `patience` and the best checkpoint go by."""
+    patience: int | None = Field(None, ge=1)
+    """Stop after this many evaluations in a row without a better `metric`."""
+    export_best: bool = False
+    """Export the best checkpoint, not the last, at the end."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "Evaluation":
+        if (self.data is None) == (self.holdout is None):
+            raise ValueError("give exactly one of data and holdout; set the other to null")
+        if self.metric == "eval/exact_match" and not self.exact_match:
+            raise ValueError("metric=eval/exact_match needs exact_match: true")
+        return self
+
+
+class NoTracking(Part):
+    """Only the run folder's own files."""
+
+    kind: Literal["none"] = "none"
+
+
+class WandbTracking(Part):
+    """Weights & Biases (extra `track`). metrics.jsonl is written as well and holds the
+    same rows.
+    """
+
+    kind: Literal["wandb"] = "wandb"
+    mode: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """auto: online with an API key, else offline (upload later with `wandb sync`)."""
+    project: str = "mnemic"
+    """Project name."""
+    entity: str | None = None
+    """User or team; null takes the account's default."""
+    tags: list[str] = Field(default_factory=list)
+    """Tags of the run."""
+
+
+Track = Annotated[NoTracking | WandbTracking, Field(discriminator="kind"), KindShorthand]

@@ -1,0 +1,223 @@
+"""One run from a recipe: check, claim the folder, build, resume, fit, export, sum up."""
+
+import json
+import logging
+import math
+import os
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from mnemic.train.checkpoint import list_checkpoints, write_atomic
+from mnemic.train.errors import UserError
+from mnemic.train.folder import RunFolder
+from mnemic.train.preflight import check_data, check_environment, is_main_process
+from mnemic.train.recipe.load import dump_recipe
+from mnemic.train.recipe.recipe import Recipe
+from mnemic.train.recipe.training import Loop, WandbTracking
+
+log = logging.getLogger("mnemic")
+
+
+def run(recipe: Recipe, console: Any) -> dict[str, Any]:
+    """Train as the recipe says; returns the summary that `summary.json` holds."""
+    folder = RunFolder(Path(recipe.folder))
+    start: Path | None = None
+    if is_main_process():
+        check_environment(recipe)
+        for note in check_data(recipe):
+            log.info(note)
+        start = folder.claim(recipe)
+    try:
+        return _run(recipe, folder, start, console)
+    finally:
+        folder.release()
+
+
+def _run(recipe: Recipe, folder: RunFolder, start: Path | None, console: Any) -> dict[str, Any]:
+    began = time.perf_counter()
+    # torch and transformers take seconds to import: not before the checks above.
+    from mnemic.train.build import (
+        build_evaluation,
+        build_model,
+        build_optimizer,
+        build_tokenizer,
+        check_length,
+    )
+    from mnemic.train.callbacks.base import Callback
+    from mnemic.train.callbacks.console import ConsoleCallback
+    from mnemic.train.callbacks.memory import MemoryCallback
+    from mnemic.train.callbacks.metrics import MetricsFile
+    from mnemic.train.export import export_model
+    from mnemic.train.objectives.build import train_stream
+    from mnemic.train.objectives.tokens import TokenObjective, keeps_packed_rows_apart
+    from mnemic.train.trainer import Trainer
+    from mnemic.train.update import PlainUpdate
+
+    accelerator = make_accelerator(recipe.loop)
+    if accelerator.num_processes > 1:
+        from accelerate.utils import broadcast_object_list
+
+        (start,) = broadcast_object_list([start])
+    micro = micro_batch_size(recipe.loop, accelerator.num_processes)
+
+    # Rank 0 first: a model that must be fetched is fetched once.
+    with accelerator.main_process_first():
+        tokenizer = build_tokenizer(recipe)
+        model = build_model(recipe, tokenizer)
+    check_length(recipe, model)
+    total_steps = count_steps(recipe, tokenizer)
+    streams = train_stream(recipe, tokenizer, quiet=not accelerator.is_main_process)
+    if streams.packed and not keeps_packed_rows_apart(model):
+        raise UserError(
+            f"objective.packing=true: {type(model).__name__} lets packed rows see each other; "
+            "set it to false"
+        )
+    peak_optimizer = build_optimizer(recipe, model)
+    model, optimizer = accelerator.prepare(model, peak_optimizer)
+    objective = TokenObjective(
+        streams.stream, batch_size=recipe.loop.batch_size, micro_batch_size=micro,
+        pad_id=tokenizer.pad_token_id, packed=streams.packed, bad=streams.bad,
+        rank=accelerator.process_index, world=accelerator.num_processes,
+    )  # fmt: skip
+
+    memory = MemoryCallback()
+    evaluation = build_evaluation(recipe, tokenizer, objective, folder.samples)
+    callbacks: list[Callback] = [
+        *([evaluation] if evaluation else []),
+        memory,
+        MetricsFile(folder.metrics),
+        ConsoleCallback(console),
+    ]
+    if isinstance(recipe.track, WandbTracking):
+        from mnemic.train.callbacks.wandb import WandbCallback
+
+        track = recipe.track
+        callbacks.append(
+            WandbCallback(
+                run_dir=folder.path, metrics=folder.metrics, config=dump_recipe(recipe),
+                run_name=recipe.name, project=track.project, entity=track.entity,
+                tags=list(track.tags), mode=track.mode,
+            )
+        )  # fmt: skip
+    trainer = Trainer(
+        accelerator=accelerator, model=model, optimizer=optimizer, objective=objective,
+        update=PlainUpdate(accelerator, model, optimizer, recipe.update.max_grad_norm),
+        lr_at=make_schedule(recipe.loop, total_steps), total_steps=total_steps,
+        checkpoints=folder.checkpoints, callbacks=callbacks, seed=recipe.loop.seed,
+        precision=recipe.loop.precision, save_every=recipe.loop.save_every,
+        keep_checkpoints=recipe.loop.keep_checkpoints,
+    )  # fmt: skip
+    if start:
+        trainer.resume(start)
+        log.info("resuming from %s (step %d of %d)", start, trainer.step, total_steps)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    held = sum(p.numel() for p in model.parameters())
+    log.info("training %s of %s parameters on %s, %d steps of %d rows (%d at once)",
+             f"{trained:,}", f"{held:,}", accelerator.device, total_steps,
+             recipe.loop.batch_size, micro)  # fmt: skip
+    ran_from = trainer.step
+    trainer.fit()
+
+    summary = {
+        "name": recipe.name,
+        "steps": trainer.step,
+        "total_steps": total_steps,
+        "stopped": trainer.stop_reason,
+        "trained_parameters": trained,
+        "parameters": held,
+        "tokens_seen": trainer.tokens_seen,
+        "evaluation_first": evaluation.first if evaluation else None,
+        "evaluation_last": evaluation.latest if evaluation else None,
+        "best_step": evaluation.best_step if evaluation else None,
+        "host_peak_bytes": memory.host_peak,
+        "device_peak_bytes": memory.device_peak or None,
+        "seconds": time.perf_counter() - began,
+        "exported": None,
+    }
+    signalled = (trainer.stop_reason or "").startswith("signal")
+    if not signalled:
+        if ran_from == trainer.step and folder.summary.exists() and folder.final.is_dir():
+            # Nothing was left to do: the figures of the run that did it stand.
+            return folder.read_summary() or summary
+        _load_best(trainer, recipe, evaluation)
+        export_model(trainer, tokenizer, folder.final)
+        summary["exported"] = str(folder.final)
+    if accelerator.is_main_process:
+        write_atomic(folder.summary, json.dumps(summary, indent=1).encode())
+    accelerator.end_training()
+    return summary
+
+
+def _load_best(trainer: Any, recipe: Recipe, evaluation: Any) -> None:
+    """With `evaluation.export_best`, put the best checkpoint's weights into the model."""
+    if (
+        not (recipe.evaluation and recipe.evaluation.export_best)
+        or evaluation.best_step == trainer.step
+    ):
+        return
+    best = dict(list_checkpoints(trainer.checkpoints)).get(evaluation.best_step)
+    if best is None:
+        log.warning("evaluation.export_best: the untrained model was best; exporting the last step")
+        return
+    trainer.resume(best)
+    log.info("exporting the best checkpoint, step %d", evaluation.best_step)
+
+
+def make_accelerator(loop: Loop) -> Any:
+    """Accelerate's device and process set-up; autocast is the trainer's own except under sharded
+    engines.
+    """
+    import torch
+    from accelerate import Accelerator
+
+    sharded = any(os.environ.get(f"ACCELERATE_USE_{e}") == "true" for e in ("FSDP", "DEEPSPEED"))
+    cpu = loop.device == "cpu" or not torch.accelerator.is_available()
+    return Accelerator(
+        cpu=cpu,
+        mixed_precision="bf16" if sharded and loop.precision == "bf16" else "no",
+        step_scheduler_with_optimizer=False,
+    )
+
+
+def micro_batch_size(loop: Loop, world: int) -> int:
+    """Rows in one forward; `UserError` where the global batch does not divide evenly over the
+    ranks.
+    """
+    if loop.batch_size % world:
+        raise UserError(
+            f"loop.batch_size={loop.batch_size} cannot be shared by {world} processes; "
+            f"take a multiple of {world}"
+        )
+    micro = loop.micro_batch_size or loop.batch_size // world
+    if loop.batch_size % (micro * world):
+        raise UserError(
+            f"loop.batch_size={loop.batch_size} is not a multiple of "
+            f"micro_batch_size * processes = {micro} * {world}; change one of them"
+        )
+    return micro
+
+
+def count_steps(recipe: Recipe, tokenizer: Any) -> int:
+    """`loop.steps`, or `loop.epochs` counted by one pass over the data as training will see it."""
+    loop = recipe.loop
+    if loop.steps is not None:
+        return loop.steps
+    from mnemic.train.data.stream import count_pass
+    from mnemic.train.objectives.build import train_stream
+
+    assert loop.epochs is not None
+    log.info("counting the rows of one pass")
+    rows = count_pass(train_stream(recipe, tokenizer, quiet=True).stream)
+    return max(1, math.ceil(rows * loop.epochs / loop.batch_size))
+
+
+def make_schedule(loop: Loop, total: int) -> Any:
+    from mnemic.optim.schedules import lr_factor
+
+    part = loop.schedule
+    return partial(
+        lr_factor, total=total, kind=part.kind, warmup=part.warmup, decay=part.decay,
+        min_ratio=part.min_ratio,
+    )  # fmt: skip

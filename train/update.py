@@ -1,0 +1,58 @@
+"""When gradients become weights. `PlainUpdate`: the whole backward first, then one
+optimizer step.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mnemic.train.errors import UserError
+
+
+class PlainUpdate:
+    """Accumulates gradients over a step's batches, clips by global norm, steps the optimizer.
+
+    Accumulation is a sum: the trainer has divided each batch's loss by the weight of the whole
+    step. Under DDP the ranks are synchronised on the last batch only.
+    """
+
+    def __init__(
+        self, accelerator: Any, model: Any, optimizer: Any, max_grad_norm: float | None
+    ) -> None:
+        self.accelerator, self.model, self.optimizer = accelerator, model, optimizer
+        self.max_grad_norm = max_grad_norm
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+
+    def backward(self, loss: Tensor) -> None:
+        self.accelerator.backward(loss)
+
+    def accumulating(self) -> Any:
+        """Context for the forward and backward of every batch but the step's last."""
+        return self.accelerator.no_sync(self.model)
+
+    def finish(self, step: int) -> float:
+        """Clip, check, step, zero. Returns the global gradient norm before clipping.
+
+        A norm that is not finite raises `UserError` and leaves the weights as they were.
+        """
+        norm = float(self._norm())
+        if not math.isfinite(norm):
+            self.optimizer.zero_grad(set_to_none=True)
+            raise UserError(
+                f"step {step}: the gradient norm is {norm}, so the weights were left as they were; "
+                "lower optimizer.lr, lengthen loop.schedule.warmup, or set model.dtype=fp32"
+            )
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def _norm(self) -> Tensor:
+        if self.max_grad_norm is not None:
+            norm = self.accelerator.clip_grad_norm_(self.parameters, self.max_grad_norm)
+        else:
+            grads = [p.grad for p in self.parameters if p.grad is not None]
+            norm = torch.nn.utils.get_total_norm(grads)
+        # DTensor norms (FSDP2) are partial until asked for.
+        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # type: ignore[attr-defined]
