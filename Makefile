@@ -5,13 +5,13 @@ BIN    := $(VENV)/bin
 export HF_HUB_DISABLE_TELEMETRY = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart install test lint types pytest bench clean
+.PHONY: help quickstart install test lint types pytest slow bench clean
 
 help:
 	@echo "make quickstart   set up and train SmolLM2-135M to extract facts (a few minutes on 2 cores)"
 	@echo "make test         set up and run lint, types and tests"
 	@echo "make install      only set up, with everything the tests need"
-	@echo "make lint types pytest bench clean"
+	@echo "make lint types pytest slow bench clean"
 
 $(BIN)/python:
 	@echo "== making $(VENV) with $$($(PYTHON) --version)"
@@ -48,8 +48,11 @@ types: $(VENV)/.dev
 	@$(BIN)/pyright --pythonpath $(BIN)/python
 
 pytest: $(VENV)/.dev
-	@echo "== tests (the slow ones: $(BIN)/pytest -m slow)"
+	@echo "== tests (the slow ones: make slow)"
 	@$(BIN)/python -m pytest -q
+
+slow: $(VENV)/.dev
+	@$(BIN)/python -m pytest -q -m slow
 
 bench: $(VENV)/.dev
 	@$(BIN)/python scripts/bench_loop.py

@@ -91,7 +91,11 @@ def build_model(recipe: Recipe, tokenizer: Any) -> Any:
     except LoadError as error:
         raise UserError(f"model: {error}") from error
     if recipe.loop.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # transformers 5 renames it on the way; the first argument is the same.
+        enable = getattr(
+            model, "activation_checkpointing_enable", model.gradient_checkpointing_enable
+        )
+        enable({"use_reentrant": False})
     return model
 
 

@@ -7,6 +7,7 @@ import io
 import logging
 import os
 import sys
+import warnings
 
 from mnemic.train.errors import RecipeError, UserError
 
@@ -70,6 +71,8 @@ def main(argv: list[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         # Keeps its order with standard error when both go to one file.
         sys.stdout.reconfigure(line_buffering=True)
+    # Calls between our libraries, which no user of ours can change.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\.")
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logger = logging.getLogger("mnemic")
     logger.setLevel(logging.INFO if rank == "0" else logging.ERROR)

@@ -102,6 +102,11 @@ class RunFolder:
             )
         if not path.is_dir():
             raise UserError(f"loop.resume: {path} is not a folder; give a folder of checkpoints/")
+        for _, later in list_checkpoints(self.checkpoints):
+            if later.name > path.name:
+                # Otherwise the next start would prefer it. Nothing is deleted.
+                later.rename(later.with_name(f"set-aside-{later.name}"))
+                log.warning("%s: set aside, since the run goes on from %s", later, path.name)
         return path
 
     def _refuse_another_run(self, recipe: Recipe) -> None:

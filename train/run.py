@@ -38,6 +38,8 @@ def run(recipe: Recipe, console: Any) -> dict[str, Any]:
 def _run(recipe: Recipe, folder: RunFolder, start: Path | None, console: Any) -> dict[str, Any]:
     began = time.perf_counter()
     # torch and transformers take seconds to import: not before the checks above.
+    from accelerate import DistributedType
+
     from mnemic.train.build import (
         build_evaluation,
         build_model,
@@ -53,7 +55,7 @@ def _run(recipe: Recipe, folder: RunFolder, start: Path | None, console: Any) ->
     from mnemic.train.objectives.build import train_stream
     from mnemic.train.objectives.tokens import TokenObjective, keeps_packed_rows_apart
     from mnemic.train.trainer import Trainer
-    from mnemic.train.update import PlainUpdate
+    from mnemic.train.update import DeepSpeedUpdate, PlainUpdate
 
     accelerator = make_accelerator(recipe.loop)
     if accelerator.num_processes > 1:
@@ -61,6 +63,14 @@ def _run(recipe: Recipe, folder: RunFolder, start: Path | None, console: Any) ->
 
         (start,) = broadcast_object_list([start])
     micro = micro_batch_size(recipe.loop, accelerator.num_processes)
+    num_batches = recipe.loop.batch_size // (micro * accelerator.num_processes)
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        # The engine counts by itself and must be told what the recipe says.
+        accelerator.state.deepspeed_plugin.deepspeed_config.update(
+            train_micro_batch_size_per_gpu=micro,
+            gradient_accumulation_steps=num_batches,
+            gradient_clipping=recipe.update.max_grad_norm or 0.0,
+        )
 
     # Rank 0 first: a model that must be fetched is fetched once.
     with accelerator.main_process_first():
@@ -101,9 +111,15 @@ def _run(recipe: Recipe, folder: RunFolder, start: Path | None, console: Any) ->
                 tags=list(track.tags), mode=track.mode,
             )
         )  # fmt: skip
+    max_grad_norm = recipe.update.max_grad_norm
+    update = (
+        DeepSpeedUpdate(accelerator, model, optimizer, num_batches)
+        if accelerator.distributed_type == DistributedType.DEEPSPEED
+        else PlainUpdate(accelerator, model, optimizer, max_grad_norm)
+    )
     trainer = Trainer(
         accelerator=accelerator, model=model, optimizer=optimizer, objective=objective,
-        update=PlainUpdate(accelerator, model, optimizer, recipe.update.max_grad_norm),
+        update=update,
         lr_at=make_schedule(recipe.loop, total_steps), total_steps=total_steps,
         checkpoints=folder.checkpoints, callbacks=callbacks, seed=recipe.loop.seed,
         precision=recipe.loop.precision, save_every=recipe.loop.save_every,

@@ -247,7 +247,11 @@ class Trainer:
             writer.__exit__(None, None, None)
 
     def resume(self, path: Path) -> None:
-        """Put everything back to the checkpoint at `path`, after checking every file of it."""
+        """Put everything back to the checkpoint at `path`, after checking every file of it.
+
+        From another run's folder come weights, optimizer and data cursor; what callbacks keep
+        (metrics file, tracker id, best step) belongs to that run and stays there.
+        """
         if self.is_main:
             verify(path)
         self.accelerator.wait_for_everyone()
@@ -261,8 +265,12 @@ class Trainer:
             self.accelerator.load_state(str(path / "accelerate"))
         else:
             load_trained(self.module, path / "model.safetensors")
+        if path.resolve().parent != self.checkpoints.resolve():
+            state |= {"callbacks": {}, "protected_steps": []}
+        else:
+            self._saved_step = state["step"]
         self.load_state_dict(state)
-        self.resumed_from = self._saved_step = self.step
+        self.resumed_from = self.step
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but the weights, as tensors and plain values (`weights_only=True`

@@ -3,6 +3,7 @@ optimizer step.
 """
 
 import math
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -56,3 +57,26 @@ class PlainUpdate:
             norm = torch.nn.utils.get_total_norm(grads)
         # DTensor norms (FSDP2) are partial until asked for.
         return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # type: ignore[attr-defined]
+
+
+class DeepSpeedUpdate:
+    """The same under DeepSpeed, whose engine accumulates, clips and steps by its own counters.
+
+    `num_batches` is the engine's gradient_accumulation_steps: it divides each loss by that number
+    and steps at the last batch, inside `backward`.
+    """
+
+    def __init__(self, accelerator: Any, model: Any, optimizer: Any, num_batches: int) -> None:
+        self.accelerator, self.engine, self.optimizer = accelerator, model, optimizer
+        self.num_batches = num_batches
+
+    def backward(self, loss: Tensor) -> None:
+        self.accelerator.backward(loss * self.num_batches)
+
+    def accumulating(self) -> Any:
+        return nullcontext()
+
+    def finish(self, step: int) -> float | None:
+        del step  # the engine skips non-finite steps and says so itself
+        norm = self.engine.get_global_grad_norm()
+        return None if norm is None else float(norm)

@@ -47,8 +47,9 @@ class BadRows:
 
     def __init__(self, policy: str, *, key: str = "data", quiet: bool = False) -> None:
         self.policy, self.key, self.quiet = policy, key, quiet
-        self.count = 0
-        self.truncated = 0
+        self.count = self.truncated = 0
+        self.first_pass = True
+        """Rows are counted and reported once, not in every pass over the data."""
 
     def add(self, bad: BadRow) -> None:
         if self.policy == "stop":
@@ -56,6 +57,8 @@ class BadRows:
                 f"{bad.where}: {bad.reason}; mend the row, "
                 f"or set {self.key}.on_bad_row=skip to go on without such rows"
             )
+        if not self.first_pass:
+            return
         self.count += 1
         if not self.quiet and self.count <= self.REPORTED:
             more = "; further bad rows are only counted" if self.count == self.REPORTED else ""
@@ -63,6 +66,8 @@ class BadRows:
 
     def cut(self, where: str, length: int, limit: int) -> None:
         """Count a row that lost its end."""
+        if not self.first_pass:
+            return
         self.truncated += 1
         if not self.quiet and self.truncated == 1:
             log.warning(

@@ -97,6 +97,20 @@ def _read_line(file: BinaryIO, limit: int) -> bytes:
     return line
 
 
+def _cut(file: BinaryIO, offset: int, limit: int) -> int:
+    """Where a text is parted near byte `offset`: behind the line that holds the byte before it.
+
+    In a line longer than `limit` it is the next start of a UTF-8 character.
+    """
+    if offset <= 0:
+        return 0
+    file.seek(offset - 1)
+    line = file.readline(limit)
+    if line.endswith(b"\n") or len(line) < limit:
+        return offset - 1 + len(line)
+    return offset + next(i for i, byte in enumerate(line[1:]) if byte & 0xC0 != 0x80)
+
+
 class TextSource:
     """Pieces of text of about `PIECE` bytes, cut at line ends; `last` marks the end of a document.
 
@@ -125,22 +139,19 @@ class TextSource:
         self, index: int, offset: int, number: int, low: int, high: int
     ) -> Iterator[Row | BadRow]:
         path = self.files[index]
-        size = path.stat().st_size
         with path.open("rb") as file:
-            if offset == 0 and low > 0:
-                # A line belongs to the share in which it begins; one past PIECE bytes is cut.
-                file.seek(low - 1)
-                offset = low - 1 + len(_read_line(file, self.PIECE))
+            stop = _cut(file, min(high, path.stat().st_size), self.PIECE)
+            offset = max(offset, _cut(file, low, self.PIECE))
             file.seek(offset)
             lines: list[bytes] = []
             held, first_line = 0, number + 1
-            while offset < min(high, size):
-                line = _read_line(file, self.PIECE)
+            while offset < stop:
+                line = _read_line(file, min(self.PIECE, stop - offset))
                 offset += len(line)
                 number += line.endswith(b"\n")
                 lines.append(line)
                 held += len(line)
-                ends = offset >= min(high, size)
+                ends = offset >= stop
                 if self.document == "line":
                     ends = ends or line.endswith(b"\n")
                 elif self.document == "paragraph":
@@ -316,11 +327,17 @@ class HubSource:
                 str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             )
             raise UserError(f"data.name: {data.name} could not be loaded: {first}") from None
-        self.name, self.columns = data.name, data.columns
+        self.name, self.columns, self.streaming = data.name, data.columns, data.streaming
+        self.size = 0 if data.streaming else len(self.rows)
+
+    def _row(self, index: int) -> Any:
+        return self.rows[index]
 
     def read(self, position: Position | None) -> Iterator[Row | BadRow]:
         (count,) = position or [0]
-        for fields in self.rows.skip(count):
+        # skip() of a map-style set refuses to skip all of it.
+        rest = self.rows.skip(count) if self.streaming else map(self._row, range(count, self.size))
+        for fields in rest:
             count += 1
             where = f"{self.name}:row {count}"
             renamed = _rename(dict(fields), self.columns)

@@ -71,6 +71,7 @@ class Reader(Stage[Row]):
         if not self.yielded:
             raise UserError(f"{self.bad.key}: no usable row ({self.bad.count} bad)")
         self.epoch += 1
+        self.bad.first_pass = False
         self.index = self.yielded = 0
         self.position = self._rows = None
         return EPOCH_END
@@ -89,6 +90,7 @@ class Reader(Stage[Row]):
         self.epoch, self.index = state["epoch"], state["index"]
         self.yielded, self.position = state["yielded"], state["position"]
         self.bad.count, self.bad.truncated = state["bad"], state["truncated"]
+        self.bad.first_pass = self.epoch == 0
         self._rows = None
 
 

