@@ -110,7 +110,7 @@ def generate(args: Namespace) -> int:
 
     if args.max_new_tokens < 1:
         raise RecipeError("--max-new-tokens: must be 1 or more")
-    open_run(args.run)
+    folder, _ = open_run(args.run)
     prompts = args.prompt or [line.rstrip("\n") for line in sys.stdin if line.strip()]
     if not prompts:
         raise RecipeError("generate: no prompt; give one as an argument or on standard input")
@@ -118,9 +118,15 @@ def generate(args: Namespace) -> int:
     from mnemic.train.generate import generate_greedy
 
     model, tokenizer, recipe = load_run(args.run, args.checkpoint)
+    form = (folder.read_summary() or {}).get("prompt_form", "chat")
+    chat = form == "chat" and recipe.objective.kind == "sft" and tokenizer.chat_template
     if args.base and not hasattr(model, "disable_adapter"):
         raise UserError("--base: this run has no adapters to leave out")
-    ids = [_prompt_ids(tokenizer, recipe, prompt) for prompt in prompts]
+    system = getattr(recipe.objective, "system", None)
+    ids = [
+        _chat_ids(tokenizer, system, prompt) if chat else tokenizer(prompt).input_ids
+        for prompt in prompts
+    ]
     from contextlib import nullcontext
 
     with model.disable_adapter() if args.base else nullcontext():
@@ -129,13 +135,11 @@ def generate(args: Namespace) -> int:
     return 0
 
 
-def _prompt_ids(tokenizer: Any, recipe: Any, prompt: str) -> list[int]:
-    """A conversation of one user turn as the run trained on; plain text for objective `lm`."""
-    if recipe.objective.kind == "lm" or not tokenizer.chat_template:
-        return tokenizer(prompt).input_ids
+def _chat_ids(tokenizer: Any, system: str | None, prompt: str) -> list[int]:
+    """A conversation of one user turn, as the run trained on."""
     from mnemic.train.data.tokenize import render, with_system
 
-    messages = with_system([{"role": "user", "content": prompt}], recipe.objective.system)
+    messages = with_system([{"role": "user", "content": prompt}], system)
     return render(tokenizer, messages, generation=True)
 
 

@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import time
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -138,6 +139,7 @@ def _run(recipe: Recipe, folder: RunFolder, start: Path | None, console: Any) ->
 
     summary = {
         "name": recipe.name,
+        "prompt_form": prompt_form(recipe),
         "steps": trainer.step,
         "total_steps": total_steps,
         "stopped": trainer.stop_reason,
@@ -179,6 +181,21 @@ def _load_best(trainer: Any, recipe: Recipe, evaluation: Any) -> None:
         return
     trainer.resume(best)
     log.info("exporting the best checkpoint, step %d", evaluation.best_step)
+
+
+def prompt_form(recipe: Recipe) -> str:
+    """How rows give their prompts, so that `mnemic generate` asks alike: `text` or `chat`."""
+    from mnemic.train.data.formats import Conversation, FormatError, as_example
+    from mnemic.train.data.stream import one_pass
+    from mnemic.train.objectives.build import reader
+
+    if recipe.objective.kind == "lm":
+        return "text"
+    rows = reader(recipe.data, holdout=None, held=False, key="data", quiet=True)
+    for row in one_pass(rows, 100):
+        with suppress(FormatError):  # a bad row, already reported
+            return "chat" if isinstance(as_example(row.fields), Conversation) else "text"
+    return "chat"
 
 
 def make_accelerator(loop: Loop) -> Any:

