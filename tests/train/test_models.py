@@ -40,7 +40,9 @@ def test_qlora_trains_adapters_over_a_4_bit_base(tmp_path, folder):
     config = tree(tmp_path, folder, adapters={"kind": "qlora", "r": 4}, optimizer={"lr": 1e-2})
     config["loop"]["steps"] = 10
     base = build_model(build_recipe(config), byte_tokenizer())
-    four_bit = [m for m in base.modules() if type(m).__name__ == "Linear4bit"]
+    import bitsandbytes
+
+    four_bit = [m for m in base.modules() if type(m) is bitsandbytes.nn.Linear4bit]
     assert len(four_bit) == 14 and four_bit[0].weight.dtype.itemsize == 1
     assert all("lora_" in n for n, p in base.named_parameters() if p.requires_grad)
     train_here(config)
