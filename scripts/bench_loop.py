@@ -67,7 +67,7 @@ def loops(blocks: int, block: int, folder: Path) -> dict[str, Any]:
     recipe = build_recipe(
         {
             "name": "bench",
-            "model": {"kind": "tiny", "hidden_size": 192, "layers": 3},
+            "model": {"kind": "tiny", "hidden_size": 128, "layers": 2},
             "data": {"kind": "text", "path": str(text)},
             "objective": {"kind": "lm", "seq_len": 256},
             "optimizer": "adamw",
@@ -77,7 +77,7 @@ def loops(blocks: int, block: int, folder: Path) -> dict[str, Any]:
     tokenizer = byte_tokenizer()
 
     def fresh() -> tuple[Any, Any]:
-        model = tiny_llama(tokenizer, hidden_size=192, layers=3, heads=4, max_position=2048, seed=0)
+        model = tiny_llama(tokenizer, hidden_size=128, layers=2, heads=4, max_position=2048, seed=0)
         model.train()
         return model, torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0, fused=True)
 

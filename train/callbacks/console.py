@@ -61,7 +61,10 @@ class ConsoleCallback(Callback):
 
     def on_row(self, trainer: "Trainer", row: MetricsRow) -> None:
         step = row["step"]
-        if step > 0:
+        if step == 0:
+            # The evaluation before training says nothing about the pace of steps.
+            self._started = time.perf_counter()
+        else:
             text = self._text(row)
             now = time.perf_counter()
             if self._bar:
