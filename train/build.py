@@ -4,10 +4,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from mnemic.models.load import LoadError
-from mnemic.optim.groups import decay_groups
 from mnemic.train.callbacks.evaluation import EvaluationCallback, Probe
 from mnemic.train.data.formats import FormatError, as_example
 from mnemic.train.data.rows import Row
@@ -17,7 +14,7 @@ from mnemic.train.objectives.base import Objective
 from mnemic.train.objectives.build import eval_rows, eval_stream, sft_tokenizer
 from mnemic.train.recipe.model import NoAdapters, QLora, SmolLM2, TinyModel
 from mnemic.train.recipe.recipe import Recipe
-from mnemic.train.recipe.training import AdamW, SftObjective
+from mnemic.train.recipe.training import SftObjective
 
 log = logging.getLogger("mnemic")
 
@@ -109,22 +106,6 @@ def check_length(recipe: Recipe, model: Any) -> None:
         raise UserError(
             f"objective.{key}={length} is longer than the model's {limit} positions; lower it"
         )
-
-
-def build_optimizer(recipe: Recipe, model: Any) -> torch.optim.Optimizer:
-    """The optimizer over all trainable parameters; matrices decay, vectors do not."""
-    part = recipe.optimizer
-    groups = decay_groups(model, part.weight_decay)
-    if isinstance(part, AdamW):
-        devices = {p.device.type for group in groups for p in group["params"]}
-        return torch.optim.AdamW(
-            groups,
-            lr=part.lr,
-            betas=(part.beta1, part.beta2),
-            eps=part.eps,
-            fused=devices <= {"cpu", "cuda", "xpu", "mps"},
-        )
-    return torch.optim.SGD(groups, lr=part.lr, momentum=part.momentum)
 
 
 def build_evaluation(

@@ -16,6 +16,7 @@ from mnemic.train.folder import RunFolder
 from mnemic.train.preflight import check_data, check_environment, is_main_process
 from mnemic.train.recipe.load import dump_recipe
 from mnemic.train.recipe.recipe import Recipe
+from mnemic.train.recipe.training import InBackwardUpdate as InBackwardPart
 from mnemic.train.recipe.training import Loop, WandbTracking
 
 log = logging.getLogger("mnemic")
@@ -44,7 +45,6 @@ def _run(recipe: Recipe, folder: RunFolder, start: Path | None, console: Any) ->
     from mnemic.train.build import (
         build_evaluation,
         build_model,
-        build_optimizer,
         build_tokenizer,
         check_length,
     )
@@ -53,8 +53,10 @@ def _run(recipe: Recipe, folder: RunFolder, start: Path | None, console: Any) ->
     from mnemic.train.callbacks.memory import MemoryCallback
     from mnemic.train.callbacks.metrics import MetricsFile
     from mnemic.train.export import export_model
+    from mnemic.train.in_backward import InBackwardUpdate
     from mnemic.train.objectives.build import train_stream
     from mnemic.train.objectives.tokens import TokenObjective, keeps_packed_rows_apart
+    from mnemic.train.optimizers import build_optimizer
     from mnemic.train.trainer import Trainer
     from mnemic.train.update import DeepSpeedUpdate, PlainUpdate
 
@@ -85,8 +87,26 @@ def _run(recipe: Recipe, folder: RunFolder, start: Path | None, console: Any) ->
             f"objective.packing=true: {type(model).__name__} lets packed rows see each other; "
             "set it to false"
         )
-    peak_optimizer = build_optimizer(recipe, model)
-    model, optimizer = accelerator.prepare(model, peak_optimizer)
+    peak_optimizer = build_optimizer(recipe.optimizer, model, seed=recipe.loop.seed)
+    in_backward = isinstance(recipe.update, InBackwardPart)
+    sharded = accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP)
+    if in_backward and sharded:
+        raise UserError(
+            "update.kind=in_backward works on one device or with whole copies on several; under "
+            "FSDP or DeepSpeed set update.kind=plain"
+        )
+    if in_backward and num_batches > 1:
+        log.warning(
+            "update.kind=in_backward with %d micro-batches holds all gradients until the last one; "
+            "it saves their memory with one micro-batch (loop.micro_batch_size=%d)",
+            num_batches, micro * num_batches,
+        )  # fmt: skip
+    # In-backward updates average over ranks themselves: no DDP wrapper, no buckets.
+    if in_backward:
+        model = accelerator.prepare_model(model, evaluation_mode=True)
+        optimizer = accelerator.prepare_optimizer(peak_optimizer)
+    else:
+        model, optimizer = accelerator.prepare(model, peak_optimizer)
     objective = TokenObjective(
         streams.stream, batch_size=recipe.loop.batch_size, micro_batch_size=micro,
         pad_id=tokenizer.pad_token_id, packed=streams.packed, bad=streams.bad,
@@ -113,11 +133,13 @@ def _run(recipe: Recipe, folder: RunFolder, start: Path | None, console: Any) ->
             )
         )  # fmt: skip
     max_grad_norm = recipe.update.max_grad_norm
-    update = (
-        DeepSpeedUpdate(accelerator, model, optimizer, num_batches)
-        if accelerator.distributed_type == DistributedType.DEEPSPEED
-        else PlainUpdate(accelerator, model, optimizer, max_grad_norm)
-    )
+    if isinstance(recipe.update, InBackwardPart):
+        clip = recipe.update.clip
+        update: Any = InBackwardUpdate(accelerator, model, optimizer, clip, max_grad_norm)
+    elif accelerator.distributed_type == DistributedType.DEEPSPEED:
+        update = DeepSpeedUpdate(accelerator, model, optimizer, num_batches)
+    else:
+        update = PlainUpdate(accelerator, model, optimizer, max_grad_norm)
     trainer = Trainer(
         accelerator=accelerator, model=model, optimizer=optimizer, objective=objective,
         update=update,

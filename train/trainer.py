@@ -142,8 +142,7 @@ class Trainer:
         scale = self.accelerator.num_processes / total
         try:
             for index, batch in enumerate(batches):
-                accumulating = index < len(batches) - 1
-                with self.update.accumulating() if accumulating else nullcontext():
+                with self.update.batch(last=index == len(batches) - 1):
                     with self.autocast():
                         loss, counts = self.objective.loss(
                             self.model, batch.to(self.accelerator.device)
@@ -282,6 +281,7 @@ class Trainer:
             "seed": self.seed,
             "protected_steps": sorted(self.protected_steps),
             "objective": self.objective.state_dict(),
+            "update": self.update.state_dict(),
             "optimizer": {} if self.sharded else self.optimizer.state_dict(),
             "callbacks": {c.name: c.state_dict() for c in self.callbacks if c.name},
         }
@@ -290,6 +290,7 @@ class Trainer:
         self.step, self.tokens_seen = state["step"], state["tokens_seen"]
         self.protected_steps = set(state["protected_steps"])
         self.objective.load_state_dict(state["objective"])
+        self.update.load_state_dict(state.get("update", {}))
         if not self.sharded:
             self.optimizer.load_state_dict(state["optimizer"])
         for callback in self.callbacks:

@@ -1,5 +1,7 @@
-"""When gradients become weights. `PlainUpdate`: the whole backward first, then one
-optimizer step.
+"""When gradients become weights.
+
+`PlainUpdate`: the whole backward first, then one optimizer step. `DeepSpeedUpdate`: the same by its
+engine. `InBackwardUpdate` (in_backward.py): inside the backward, tensor by tensor.
 """
 
 import math
@@ -29,9 +31,9 @@ class PlainUpdate:
     def backward(self, loss: Tensor) -> None:
         self.accelerator.backward(loss)
 
-    def accumulating(self) -> Any:
-        """Context for the forward and backward of every batch but the step's last."""
-        return self.accelerator.no_sync(self.model)
+    def batch(self, last: bool) -> Any:
+        """Context of one batch's forward and backward; `last` of the step."""
+        return nullcontext() if last else self.accelerator.no_sync(self.model)
 
     def finish(self, step: int) -> float:
         """Clip, check, step, zero. Returns the global gradient norm before clipping.
@@ -48,6 +50,12 @@ class PlainUpdate:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        del state
 
     def _norm(self) -> Tensor:
         if self.max_grad_norm is not None:
@@ -73,10 +81,17 @@ class DeepSpeedUpdate:
     def backward(self, loss: Tensor) -> None:
         self.accelerator.backward(loss * self.num_batches)
 
-    def accumulating(self) -> Any:
+    def batch(self, last: bool) -> Any:
+        del last  # the engine counts
         return nullcontext()
 
     def finish(self, step: int) -> float | None:
         del step  # the engine skips non-finite steps and says so itself
         norm = self.engine.get_global_grad_norm()
         return None if norm is None else float(norm)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        del state

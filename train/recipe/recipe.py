@@ -7,13 +7,13 @@ from pydantic import Field, model_validator
 from mnemic.train.recipe.base import Part
 from mnemic.train.recipe.data import Data, TextData
 from mnemic.train.recipe.model import Adapters, Model, NoAdapters, TinyModel
+from mnemic.train.recipe.optimizer import Optimizer
 from mnemic.train.recipe.training import (
     Evaluation,
     LmObjective,
     Loop,
     NoTracking,
     Objective,
-    Optimizer,
     PlainUpdate,
     SftObjective,
     Track,

@@ -1,6 +1,4 @@
-"""Recipe parts that say how to train: `objective`, `optimizer`, `update`, `loop`, `evaluation`,
-`track`.
-"""
+"""Recipe parts that say how to train: `objective`, `update`, `loop`, `evaluation`, `track`."""
 
 from typing import Annotated, Literal
 
@@ -39,39 +37,6 @@ class SftObjective(Part):
 Objective = Annotated[LmObjective | SftObjective, Field(discriminator="kind"), KindShorthand]
 
 
-class AdamW(Part):
-    """AdamW (arXiv 1711.05101), torch's fused kernel; two fp32-or-weight-dtype moments for each
-    weight.
-    """
-
-    kind: Literal["adamw"] = "adamw"
-    lr: float = Field(1e-4, gt=0)
-    """Peak learning rate."""
-    beta1: float = Field(0.9, ge=0, lt=1)
-    """Decay of the first moment."""
-    beta2: float = Field(0.999, ge=0, lt=1)
-    """Decay of the second moment."""
-    eps: float = Field(1e-8, gt=0)
-    """Added to the root of the second moment."""
-    weight_decay: float = Field(0.0, ge=0)
-    """Decoupled decay of matrices; vectors (biases, norms) have none."""
-
-
-class Sgd(Part):
-    """Stochastic gradient descent: no state without momentum, so the least memory of all."""
-
-    kind: Literal["sgd"] = "sgd"
-    lr: float = Field(1e-2, gt=0)
-    """Peak learning rate."""
-    momentum: float = Field(0.0, ge=0, lt=1)
-    """Heavy-ball momentum; above 0 it keeps one buffer for each weight."""
-    weight_decay: float = Field(0.0, ge=0)
-    """L2 penalty on matrices; vectors have none."""
-
-
-Optimizer = Annotated[AdamW | Sgd, Field(discriminator="kind"), KindShorthand]
-
-
 class PlainUpdate(Part):
     """Whole backward first, then one optimizer step."""
 
@@ -80,7 +45,32 @@ class PlainUpdate(Part):
     """Global-norm clipping; null turns it off (the norm is logged all the same)."""
 
 
-Update = Annotated[PlainUpdate, KindShorthand]
+class InBackwardUpdate(Part):
+    """The optimizer runs inside the backward, as each gradient is ready, and frees it: no more than
+    a few layers' gradients are ever held. Several micro-batches still need all of them at once.
+    """
+
+    kind: Literal["in_backward"] = "in_backward"
+    clip: Literal["none", "layer", "previous_norm"] = "none"
+    """none; each tensor by its own norm; or all by the global norm of the step before, because that
+    of this step is known only when the weights have changed.
+    """
+    max_grad_norm: float | None = Field(default=None, gt=0)
+    """The norm to clip to, with `clip` other than none."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "InBackwardUpdate":
+        if self.clip == "none" and self.max_grad_norm is not None:
+            raise ValueError(
+                f"max_grad_norm={self.max_grad_norm} clips by the global norm, which in_backward "
+                "does not know in time; set clip to layer or previous_norm, or kind to plain"
+            )
+        if self.clip != "none" and self.max_grad_norm is None:
+            raise ValueError(f"clip={self.clip} needs max_grad_norm, such as 1.0")
+        return self
+
+
+Update = Annotated[PlainUpdate | InBackwardUpdate, Field(discriminator="kind"), KindShorthand]
 
 
 class Schedule(Part):
