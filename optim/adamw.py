@@ -1,7 +1,7 @@
 """AdamW (arXiv 1711.05101) for what is no matrix of the network's body: embeddings, head, vectors.
 
-Moments are fp32 for weights of any dtype, or one byte each (`eightbit.py`); bf16 weights are rounded
-stochastically. Large tensors are worked on in parts, so that no temporary is of their size.
+Moments are fp32 for weights of any dtype, or one byte each (`eightbit.py`); bf16 weights are
+rounded stochastically. Large tensors are worked on in parts, so that no temporary is of their size.
 """
 
 import math

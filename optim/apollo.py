@@ -5,7 +5,8 @@ The state of an m x n matrix (m <= n) is two fp32 moments of rank x n, one norm 
 name, interval) and never stored. Where this differs from the paper and from apollo-torch 1.0.3:
 
 - `scale` is alpha itself; "auto" is sqrt(min(m, n) / rank), which the paper derives (Thm. A.4), so
-  the learning rate means what it means for AdamW; `scale_sq` is apollo-torch's `scale`, alpha squared;
+  the learning rate means what it means for AdamW; `scale_sq` is apollo-torch's `scale`, alpha
+  squared;
 - the projection is sparse unless `proj="gaussian"` (projection.py);
 - the limiter cannot jam (limiter.py), and a tensor whose gradient is not finite is left as it was;
 - moments are fp32 whatever the weights are, and bf16 weights are rounded stochastically (write.py);
@@ -51,13 +52,13 @@ class _Item:
 class Apollo(torch.optim.Optimizer):
     """APOLLO for matrices and stacks of matrices, AdamW for everything else.
 
-    `params`: parameters, named parameters or groups, as for any torch optimizer. A group may set any
-    key below for itself, and `rule`: "apollo", "adamw" or "adamw8bit" (embeddings and head belong
-    there: `mnemic.optim.select` builds such groups from a model).
+    `params`: parameters, named parameters or groups, as for any torch optimizer. A group may set
+    any key below for itself, and `rule`: "apollo", "adamw" or "adamw8bit" (embeddings and head
+    belong there: `mnemic.optim.select` builds such groups from a model).
 
     `rank`: a number, or a share of min(m, n). `update_proj_gap`: steps between new projections.
-    `scale_type`: one scale for each "channel" or for the whole "tensor". `gamma`: growth limit, None
-    for none. `rounding` of bf16 weights. `seed` of projections and rounding.
+    `scale_type`: one scale for each "channel" or for the whole "tensor". `gamma`: growth limit,
+    None for none. `rounding` of bf16 weights. `seed` of projections and rounding.
     `cache_projection` keeps dense projections between steps (faster, m * rank more numbers).
     `skip_nonfinite` leaves a tensor alone whose gradient holds inf or nan; on an accelerator, which
     cannot look without waiting, such elements count as 0. `compile`: the pass over the weights by
@@ -101,7 +102,8 @@ class Apollo(torch.optim.Optimizer):
         check_group(filled)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        # Names key the random streams. Our own key: torch wants `param_names` in all groups or none.
+        # Names key the random streams. Our own key: torch wants `param_names` in all groups or
+        # none.
         number = len(self.param_groups) - 1
         group["names"] = list(
             group.get("param_names") or (f"{number}.{i}" for i in range(len(group["params"])))

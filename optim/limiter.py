@@ -1,5 +1,5 @@
-"""The norm-growth limiter (APOLLO, arXiv 2412.05270, eq. 4, after Fira): an update's norm may grow by
-1 % a step at most.
+"""The norm-growth limiter (APOLLO, arXiv 2412.05270, eq. 4, after Fira): an update's norm may grow
+by 1 % a step at most.
 
 Ours differs where the published code jams. There a first gradient of zero (a LoRA A-matrix, an
 expert without tokens) is remembered as a norm of zero, and 1 % growth from 1e-8 takes 1,850 steps.
@@ -15,7 +15,9 @@ from torch import Tensor
 _FLOOR = 0.1
 
 
-def limit(norm: Tensor, previous: Tensor, gamma: float, low_rank_size: int) -> tuple[Tensor, Tensor]:
+def limit(
+    norm: Tensor, previous: Tensor, gamma: float, low_rank_size: int
+) -> tuple[Tensor, Tensor]:
     """(divisor of the update, norm to remember), both of `norm`'s shape.
 
     `previous` is 0 where nothing is remembered yet. `low_rank_size` is the number of low-rank

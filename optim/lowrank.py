@@ -1,10 +1,10 @@
 """The mathematics of one APOLLO step (arXiv 2412.05270, Alg. 1), on plain tensors.
 
-With G the gradient of W (..., m, n), R its projection and R~ = M / (sqrt(V) + eps) the Adam direction
-of R, a channel j (a row where m >= n, else a column) is scaled by s_j = ||R~_j|| / ||R_j||, or the
-whole matrix by ||R~|| / ||R||. The limiter needs ||G S||, which follows from the channel norms of G;
-so scale, limiter, bias correction and learning rate become one factor for each channel, and W is
-changed in one pass. Of weight size are only: G read twice, W read and written.
+With G the gradient of W (..., m, n), R its projection and R~ = M / (sqrt(V) + eps) the Adam
+direction of R, a channel j (a row where m >= n, else a column) is scaled by s_j = ||R~_j|| /
+||R_j||, or the whole matrix by ||R~|| / ||R||. The limiter needs ||G S||, which follows from the
+channel norms of G; so scale, limiter, bias correction and learning rate become one factor for each
+channel, and W is changed in one pass. Of weight size are only: G read twice, W read and written.
 """
 
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ class Layout:
 
     @property
     def side(self) -> str:
-        """"right": columns are projected and rows are channels; "left": the reverse."""
+        """Which axis is projected: "right" the columns (rows are channels), "left" the rows."""
         return "right" if self.shape[-2] >= self.shape[-1] else "left"
 
     @property

@@ -2,9 +2,9 @@
 
 torch's own generators are no such function: a CUDA stream depends on the number of multiprocessors,
 and a shard cannot draw its part without drawing the whole. Here the i-th 64-bit word of a stream is
-SplitMix64's output function (Steele et al., OOPSLA 2014) of `key + i * gamma`, in integer arithmetic
-that wraps alike everywhere. Normal numbers come from a table of 2^16 quantiles computed once on the
-host, because log and cos differ in the last bit between devices.
+SplitMix64's output function (Steele et al., OOPSLA 2014) of `key + i * gamma`, in integer
+arithmetic that wraps alike everywhere. Normal numbers come from a table of 2^16 quantiles computed
+once on the host, because log and cos differ in the last bit between devices.
 """
 
 import hashlib

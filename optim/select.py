@@ -67,9 +67,9 @@ def apollo_groups(
     `rest`: settings of everything outside the body, by default `{"rule": "adamw"}`. `patterns`:
     mappings with `match`, a glob over parameter names or `role:NAME`, and settings of a group
     (`rule`, `lr`, `rank`, ...); the first that matches a parameter wins. Weight decay is for
-    parameters of two and more dimensions. SelectionError for a pattern that takes nothing, and where
-    the low-rank rule has less than `min_coverage` of the trainable parameters that are neither
-    embedding nor head.
+    parameters of two and more dimensions. SelectionError for a pattern that takes nothing, and
+    where the low-rank rule has less than `min_coverage` of the trainable parameters that are
+    neither embedding nor head.
     """
     found = roles(model)
     if not found:

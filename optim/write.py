@@ -4,8 +4,8 @@ Stochastic rounding (Gupta et al., arXiv 1502.02551) rounds up with a probabilit
 that is cut off, so updates below half a unit in the last place are kept in expectation; rounding to
 nearest loses every one of them. The noise of element (i, j) is `row[i] xor col[j]`, two streams of
 16-bit numbers drawn anew for each tensor and step. Each element's noise is uniform and any two are
-independent, so mean and variance of every sum of rounding errors are those of independent noise, for
-m + n random numbers in place of m * n; and a shard draws only its own rows.
+independent, so mean and variance of every sum of rounding errors are those of independent noise,
+for m + n random numbers in place of m * n; and a shard draws only its own rows.
 """
 
 from collections.abc import Callable

@@ -8,9 +8,9 @@ weights, batches, schedule (10 % warm-up, cosine to 10 %), betas and no weight d
 sweep of rates; where the best rate is at an edge, the sweep of that method goes on until it is not.
 The low-rank rules have the matrices, AdamW the embedding (tied) and the norms, as in the papers.
 
-Each finished run is a line of --runs, and is not run again: the benchmark can be stopped and goes on.
-Ratios: apollo_vs_adamw_loss (the best of APOLLO's variants at rank 1/4), mini_vs_adamw_loss, means
-over seeds at the best rate, and over texts. GaLore needs the extra `bench`.
+Each finished run is a line of --runs, and is not run again: the benchmark can be stopped and goes
+on. Ratios: apollo_vs_adamw_loss (the best of APOLLO's variants at rank 1/4), mini_vs_adamw_loss,
+means over seeds at the best rate, and over texts. GaLore needs the extra `bench`.
 """
 
 import argparse

@@ -1,13 +1,14 @@
-"""The optimizer inside the backward: each tensor is changed as soon as its gradient is ready, and the
-gradient is freed (after LOMO, arXiv 2306.09782; torch calls it optimizer-in-backward).
+"""The optimizer inside the backward: each tensor is changed as soon as its gradient is ready, and
+the gradient is freed (after LOMO, arXiv 2306.09782; torch calls it optimizer-in-backward).
 
-One real optimizer does it, through its own `step`: for the call, its groups hold that one tensor. So
-schedule, state_dict and any optimizer's arithmetic stay what they are, and without clipping the
+One real optimizer does it, through its own `step`: for the call, its groups hold that one tensor.
+So schedule, state_dict and any optimizer's arithmetic stay what they are, and without clipping the
 weights equal the plain update's bit for bit. With several micro-batches the gradients add up until
 the last one, so all of them are held, and only the last backward frees them.
 
-Several processes: no DDP wrapper and none of its buckets. A gradient is averaged over the ranks just
-before it is used, in one order that all ranks share, so that no rank waits for another's tensor.
+Several processes: no DDP wrapper and none of its buckets. A gradient is averaged over the ranks
+just before it is used, in one order that all ranks share, so that no rank waits for another's
+tensor.
 """
 
 import logging

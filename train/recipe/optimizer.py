@@ -89,7 +89,8 @@ class _Apollo(Part):
     rest_lr: float | None = Field(None, gt=0)
     """Peak learning rate of those; null for `lr`."""
     patterns: list[ParameterPattern] = Field(default_factory=list)
-    """Exceptions by name or role; the first that matches wins, one that takes nothing is an error."""
+    """Exceptions by name or role; the first that matches wins, one that takes nothing is an error.
+    """
     min_coverage: float = Field(0.5, ge=0, le=1)
     """Share of the parameters other than embeddings and head that must get the low-rank rule."""
     cache_projection: bool = False
