@@ -42,3 +42,22 @@ def test_bench_loop_writes_its_ratios(tmp_path):
     assert {"loop_overhead", "help_seconds_over_python"} <= report["ratios"].keys()
     assert [row["name"] for row in report["rows"]] == ["bare PyTorch loop", "mnemic loop"]
     assert all(row["ms_per_step"] > 0 for row in report["rows"])
+
+
+@pytest.mark.slow
+def test_bench_optimizer_writes_its_ratios(tmp_path):
+    out = tmp_path / "bench.json"
+    subprocess.run(
+        [sys.executable, SCRIPTS / "bench_optimizer.py", "--quick", "--json", out], check=True
+    )
+    report = json.loads(out.read_text())
+    # Those against apollo-torch only where it is installed.
+    assert {
+        "mini_vs_fused_bf16", "mini_sr_vs_fused_bf16", "mini_vs_fused_fp32",
+        "mini_passes", "apollo_passes", "apollo_sparse_passes",
+    } <= report["ratios"].keys()  # fmt: skip
+    assert all(value > 0 for value in report["ratios"].values())
+    assert {"SGD fused", "AdamW fused", "mnemic Mini"} <= {row["name"] for row in report["rows"]}
+    assert {row["dtype"] for row in report["rows"]} == {"fp32", "bf16"}
+    assert all(row["min_ms"] > 0 and row["first_ms"] > 0 for row in report["rows"])
+    assert report["env"]["threads"] == 1
