@@ -13,6 +13,7 @@ class Shard:
     """This rank's rows of a tensor; `group` is the process group that holds the others."""
 
     first_row: int = 0
+    rows: int = 0
     group: Any = None
     mesh: Any = None
     placements: Any = None
@@ -23,7 +24,12 @@ class Shard:
             return local
         from torch.distributed.tensor import DTensor
 
-        return DTensor.from_local(local, self.mesh, self.placements, run_check=False)
+        # Without the whole shape, torch takes all ranks to hold as many rows as this one.
+        shape = torch.Size((self.rows, *local.shape[1:]))
+        stride = torch.empty(shape, device="meta").stride()
+        return DTensor.from_local(
+            local, self.mesh, self.placements, run_check=False, shape=shape, stride=stride
+        )
 
 
 _WHOLE = Shard()
@@ -52,7 +58,7 @@ def shard_of(param: Tensor) -> Shard:
     # torch.chunk's rule: all shards but the last have ceil(rows / ranks) rows.
     rows = -(-param.shape[0] // mesh.size(split[0]))
     first = min(param.shape[0], rows * mesh.get_local_rank(split[0]))
-    return Shard(first, group, mesh, placements)
+    return Shard(first, param.shape[0], group, mesh, placements)
 
 
 def sum_over(group: Any, tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -1,5 +1,7 @@
 """Random numbers are functions of (key, position)."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -63,7 +65,7 @@ def test_shards_add_up(kind):
     cuts = [0, 1, 40, 41, 96]
     parts = [
         Projection(kind, 5, 20, a, b - a, "cpu", torch.float64)(grad[a:b], "left")
-        for a, b in zip(cuts[:-1], cuts[1:], strict=True)
+        for a, b in pairwise(cuts)
     ]
     torch.testing.assert_close(sum(parts), whole)
 
