@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from mnemic.optim.adamw import adamw_step, new_state
+from mnemic.optim.int8 import Int8Weight
 from mnemic.optim.limiter import limit, limit_as_published
 from mnemic.optim.lowrank import Layout, adam_direction_, bias_correction, square_sums
 from mnemic.optim.projection import Projection
@@ -210,8 +211,12 @@ class Apollo(torch.optim.Optimizer):
             else:
                 item.grad.nan_to_num_(0.0, 0.0, 0.0)
         self.state[item.param]["step"].fill_(item.step)
+        weight = item.weight
+        if isinstance(weight, Int8Weight):
+            # AdamW's kernel writes fp32 weights itself; those below fp32 are written by `write`.
+            weight = weight.as_dtype(torch.bfloat16)
         adamw_step(
-            item.weight, item.grad, item.state, step=item.step, lr=float(group["lr"]),
+            weight, item.grad, item.state, step=item.step, lr=float(group["lr"]),
             weight_decay=group["weight_decay"], betas=group["betas"], eps=group["eps"],
             noise=self._noise(group, item),
         )  # fmt: skip

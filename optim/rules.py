@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mnemic.optim.int8 import Int8Weight
+
 RULES = ("apollo", "adamw", "adamw8bit")
 DEFAULTS: dict[str, Any] = {
     "rule": "apollo",
@@ -99,4 +101,5 @@ def alpha_of(group: dict[str, Any], param: Tensor) -> float:
 
 
 def wants_noise(group: dict[str, Any], weight: Tensor) -> bool:
-    return group["rounding"] == "stochastic" and weight.dtype == torch.bfloat16
+    narrow = weight.dtype == torch.bfloat16 or isinstance(weight, Int8Weight)
+    return group["rounding"] == "stochastic" and narrow

@@ -14,6 +14,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from mnemic.optim.int8 import Int8Weight
 from mnemic.optim.random import lanes
 
 # Elements changed at a time on a CPU: weight, gradient and fp32 scratch of a chunk stay in cache.
@@ -80,9 +81,12 @@ def write(
 
     `factor` has the weight's number of dimensions, each of size 1 or the weight's; fp32 (fp64 for
     fp64), the sign of the step included. Weights below fp32 are computed in fp32 and rounded:
-    stochastically with `noise` (bf16 only), else to nearest.
+    stochastically with `noise` (bf16 and Int8Weight only), else to nearest.
     """
     if weight.numel() == 0:
+        return
+    if isinstance(weight, Int8Weight):
+        weight.update_(grad, factor, keep, noise)
         return
     row, col = noise or (None, None)
     if row is not None:

@@ -85,6 +85,13 @@ def build_model(recipe: Recipe, tokenizer: Any) -> Any:
                 target_modules=adapters.target_modules, rslora=adapters.rslora,
                 dora=adapters.kind == "dora", quantized=bool(four_bit), seed=seed,
             )  # fmt: skip
+        if part.weights == "int8":
+            from mnemic.models.int8 import quantize_body
+
+            try:
+                quantize_body(model)
+            except ValueError as error:
+                raise UserError(f"model.weights=int8: {error}") from error
     except LoadError as error:
         raise UserError(f"model: {error}") from error
     if recipe.loop.gradient_checkpointing:

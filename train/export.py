@@ -23,10 +23,15 @@ def export_model(trainer: Any, tokenizer: Any, target: Path) -> None:
 
 def write_model(model: Any, tokenizer: Any, target: Path, *, state: Any = None) -> None:
     """`save_pretrained` into a temp folder, then into place."""
+    from mnemic.models.int8 import dense_state
+
     temp = target.with_name(f".tmp-{target.name}")
     shutil.rmtree(temp, ignore_errors=True)
     try:
         temp.mkdir(parents=True)
+        if state is None:
+            # Int8 weights leave as dense ones of the model's dtype.
+            state = dense_state(model)
         model.save_pretrained(temp, **({"state_dict": state} if state is not None else {}))
         tokenizer.save_pretrained(temp)
     except Exception as error:

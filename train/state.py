@@ -13,14 +13,23 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mnemic.optim.int8 import Int8Weight
 from mnemic.train.errors import UserError
 
 
 def trained_tensors(module: nn.Module) -> dict[str, Tensor]:
     """Trainable parameters (tied ones once) and persistent buffers, by name; shared with
-    the model.
+    the model. An int8 weight is its parts: `name.codes`, `name.scale` and `name.zero`.
     """
-    tensors = {n: p.detach() for n, p in module.named_parameters() if p.requires_grad}
+    tensors: dict[str, Tensor] = {}
+    for name, param in module.named_parameters():
+        if not param.requires_grad:
+            continue
+        if isinstance(param, Int8Weight):
+            parts, _ = param.__tensor_flatten__()
+            tensors.update({f"{name}.{part}": getattr(param, part) for part in parts})
+        else:
+            tensors[name] = param.detach()
     persistent = module.state_dict().keys()
     tensors.update({n: b.detach() for n, b in module.named_buffers() if n in persistent})
     return tensors

@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from mnemic.train.recipe.base import KindShorthand, Part
 
 DType = Literal["fp32", "bf16"]
+Weights = Literal["full", "int8"]
 
 
 class PretrainedModel(Part):
@@ -19,6 +20,11 @@ class PretrainedModel(Part):
     """Branch, tag or commit on the hub; null takes the default branch."""
     dtype: DType = "bf16"
     """Type the weights are held in. bf16 halves their bytes; fp32 is exact."""
+    weights: Weights = "full"
+    """full: in `dtype`. int8: the body's linear layers are trained in full and held as int8, 1.06
+    bytes a weight; `dtype` is what they compute in. Needs `adapters: none` and optimizer `apollo`
+    or `apollo_mini`.
+    """
     trust_remote_code: bool = False
     """Run Python code shipped with the model. Only for sources you trust."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
@@ -33,6 +39,11 @@ class SmolLM2(Part):
     kind: Literal["smollm2-135m"] = "smollm2-135m"
     dtype: DType = "bf16"
     """Type the weights are held in."""
+    weights: Weights = "full"
+    """full: in `dtype`. int8: the body's linear layers are trained in full and held as int8, 1.06
+    bytes a weight; `dtype` is what they compute in. Needs `adapters: none` and optimizer `apollo`
+    or `apollo_mini`.
+    """
 
 
 class TinyModel(Part):
@@ -49,6 +60,11 @@ class TinyModel(Part):
     """Longest sequence, tokens."""
     dtype: DType = "fp32"
     """Type the weights are held in."""
+    weights: Weights = "full"
+    """full: in `dtype`. int8: the body's linear layers are trained in full and held as int8, 1.06
+    bytes a weight; `dtype` is what they compute in. Needs `adapters: none` and optimizer `apollo`
+    or `apollo_mini`.
+    """
 
     @model_validator(mode="after")
     def _check(self) -> "TinyModel":

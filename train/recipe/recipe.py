@@ -76,6 +76,17 @@ class Recipe(Part):
                 f"{length_key}={length} is longer than model.max_position="
                 f"{self.model.max_position}; lower the first or raise the second"
             )
+        if self.model.weights == "int8":
+            if not isinstance(self.adapters, NoAdapters):
+                problems.append(
+                    f"adapters.kind={self.adapters.kind} freezes the weights that "
+                    "model.weights=int8 trains; set adapters=none, or model.weights=full"
+                )
+            if self.optimizer.kind not in ("apollo", "apollo_mini"):
+                problems.append(
+                    f"optimizer.kind={self.optimizer.kind} cannot change int8 weights; set it to "
+                    "apollo or apollo_mini, or model.weights=full"
+                )
         if problems:
             raise ValueError("\n".join(problems))
         return self
