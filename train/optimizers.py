@@ -1,14 +1,17 @@
 """From the recipe's optimizer part to an optimizer over a model's trainable parameters."""
 
 import logging
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from mnemic.optim.groups import decay_groups
 from mnemic.train.errors import UserError
 from mnemic.train.recipe.optimizer import AdamW, Apollo, ApolloMini, Optimizer, Sgd
+
+if TYPE_CHECKING:
+    from mnemic.optim.select import GroupSize
 
 log = logging.getLogger("mnemic")
 
@@ -30,8 +33,11 @@ def build_optimizer(part: Optimizer, model: Any, *, seed: int = 0) -> torch.opti
             eps=part.eps,
             fused=devices <= {"cpu", "cuda", "xpu", "mps"},
         )
-    assert isinstance(part, Sgd)
-    return torch.optim.SGD(groups, lr=part.lr, momentum=part.momentum)
+    if isinstance(part, Sgd):
+        return torch.optim.SGD(groups, lr=part.lr, momentum=part.momentum)
+    from mnemic.train.peers import build_peer
+
+    return build_peer(part, model)
 
 
 def _apollo(part: Apollo | ApolloMini, model: Any, seed: int) -> torch.optim.Optimizer:
@@ -76,12 +82,16 @@ def _apollo(part: Apollo | ApolloMini, model: Any, seed: int) -> torch.optim.Opt
 
 
 def group_table(groups: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Lines of a table: rule, tensors, parameters, state bytes, names."""
+    """Lines of a table of `Apollo` groups: rule, tensors, parameters, state bytes, names."""
     from mnemic.optim.select import group_sizes
 
+    return size_table(group_sizes(groups))
+
+
+def size_table(sizes: "Iterable[GroupSize]") -> list[str]:
     lines = [f"{'rule':<20}{'tensors':>8}{'parameters':>15}{'state bytes':>15}  which"]
     lines += [
         f"{s.rule:<20}{s.tensors:>8}{s.parameters:>15,}{s.state_bytes:>15,}  {s.examples}"
-        for s in group_sizes(groups)
+        for s in sizes
     ]
     return lines

@@ -82,6 +82,7 @@ def check_environment(recipe: Recipe) -> None:
         raise UserError(
             "adapters.kind=qlora quantises a pretrained model; the tiny one is built in fp32"
         )
+    check_optimizer(recipe.optimizer.kind)
     if model.kind == "pretrained":
         path = Path(model.path).expanduser()
         looks_local = model.path.startswith((".", "/", "~")) or model.path.count("/") > 1
@@ -90,6 +91,48 @@ def check_environment(recipe: Recipe) -> None:
         if path.is_dir() and not (path / "config.json").is_file():
             raise UserError(
                 f"model.path: {path} has no config.json; give a folder save_pretrained wrote"
+            )
+
+
+_FSDP2 = ("adamw", "sgd", "apollo", "apollo_mini")
+_LIBRARIES = {
+    "adamw8bit": "bitsandbytes",
+    "muon": "pytorch_optimizer",
+    "galore": "pytorch_optimizer",
+}
+
+
+def check_optimizer(kind: str) -> None:
+    """Whether the optimizer's library is here, and whether it works under the engine that
+    `accelerate launch` has announced in the environment.
+    """
+    from importlib.util import find_spec
+
+    key = f"optimizer.kind={kind}"
+    library = _LIBRARIES.get(kind)
+    if library and not find_spec(library):
+        raise UserError(
+            f"{key} needs {library}: pip install 'mnemic[optimizers]', or set optimizer.kind=adamw"
+        )
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" and kind != "adamw":
+        # SGD survives ZeRO itself, not the offload.
+        offload = os.environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "none")
+        if kind != "sgd" or offload != "none":
+            raise UserError(
+                f"{key} does not work under DeepSpeed, which flattens parameters and, where it "
+                "offloads the optimizer, puts its own Adam in the place of any other; set "
+                "optimizer.kind=adamw, or launch with DDP" + (" or FSDP2" if kind in _FSDP2 else "")
+            )
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        if kind not in _FSDP2:
+            raise UserError(
+                f"{key} needs whole tensors, and FSDP shards them; set optimizer.kind=apollo, "
+                "apollo_mini or adamw, or launch with DDP"
+            )
+        if kind.startswith("apollo") and os.environ.get("FSDP_VERSION", "1") != "2":
+            raise UserError(
+                f"{key} needs the rows of a matrix, and FSDP 1 flattens them; launch with "
+                "fsdp_version: 2 in the accelerate configuration, or with DDP"
             )
 
 

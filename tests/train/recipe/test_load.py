@@ -32,7 +32,8 @@ def problems(tree):
         ({"optimiser": {}}, "optimiser: unknown key; did you mean 'optimizer'?"),
         (
             {"optimizer": {"kind": "adamww"}},
-            "optimizer.kind: 'adamww' is not one of adamw, sgd; did you mean 'adamw'?",
+            "optimizer.kind: 'adamww' is not one of adamw, adamw8bit, sgd, adafactor, muon, "
+            "galore, apollo, apollo_mini; did you mean 'adamw'?",
         ),
         ({"optimizer": {"lr": "fast"}}, "optimizer.lr: 'fast' should be a valid number"),
         ({"optimizer": {"lr": -1}}, "optimizer.lr: -1 should be greater than 0"),
