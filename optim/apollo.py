@@ -34,7 +34,7 @@ from mnemic.optim.shards import Shard, local, shard_of, sum_over
 from mnemic.optim.write import Noise, rounding_noise, write
 
 # Gradients worked on together on a CPU, bytes: they are read twice, from cache the second time.
-_CPU_BUCKET = 4 << 20
+_CPU_BUCKET = 16 << 20
 
 
 @dataclass
@@ -126,8 +126,8 @@ class Apollo(torch.optim.Optimizer):
             group["proj"], stream_key(self.seed, name, interval), rank, start, count,
             param.device, grad.dtype, group["proj_entries"],
         )  # fmt: skip
-        # Signs and shifts are smaller than one row of the gradient; a dense matrix is not.
-        if self.cache_projection or not found.dense:
+        # What is no larger than a row or column of the gradient is not worth drawing again.
+        if self.cache_projection or found.numel <= max(param.shape[-2:]):
             self._projections[name] = (setting, found)
         return found
 
@@ -234,20 +234,25 @@ class Apollo(torch.optim.Optimizer):
             for item in items:
                 item.grad.nan_to_num_(0.0, 0.0, 0.0)
 
-        lows, squares = [], []
+        lows, sums = [], []
         for item in items:
+            # The norm first: it streams from memory, the product does better from cache.
+            sums.append(square_sums(item.grad, axes))
             project = self.projection(group, item.name, item.param, item.step)
             lows.append(project(item.grad, layout.side))
-            squares.append(square_sums(item.grad, axes))
-        lows, squares = sum_over(of_parts, lows), sum_over(of_parts, squares)
+        lows, (squares,) = sum_over(of_parts, lows), sum_over(of_parts, [torch.stack(sums)])
         if per_tensor:
-            squares = sum_over(of_channels, squares)
+            (squares,) = sum_over(of_channels, [squares])
         if self.skip_nonfinite and first.weight.device.type == "cpu":
-            totals = sum_over(None if per_tensor else of_channels, [x.sum() for x in squares])
-            fine = [i for i, total in enumerate(totals) if total.isfinite()]
-            items, lows, squares = ([xs[i] for i in fine] for xs in (items, lows, squares))
-            if not items:
-                return
+            totals = squares.flatten(1).sum(1)
+            if not per_tensor:
+                (totals,) = sum_over(of_channels, [totals])
+            if not totals.sum().isfinite():
+                fine = totals.isfinite().nonzero().flatten().tolist()
+                items, lows = [items[i] for i in fine], [lows[i] for i in fine]
+                squares = squares[fine]
+                if not items:
+                    return
 
         tensor_sums = of_channels if per_tensor else None
         before = torch.stack(sum_over(tensor_sums, [square_sums(x, axes) for x in lows])).sqrt_()
@@ -261,7 +266,7 @@ class Apollo(torch.optim.Optimizer):
             scale = after / (before + 1e-8)
         else:
             scale = torch.where(before > 0, after / before, 0.0)
-        energy = (scale.square() * torch.stack(squares)).sum((-2, -1), keepdim=True)
+        energy = (scale.square() * squares).sum((-2, -1), keepdim=True)
         if not per_tensor:
             (energy,) = sum_over(of_channels, [energy])
 

@@ -25,8 +25,9 @@ from mnemic.optim.random import normals, signs, words
 
 Kind = Literal["gaussian", "sparse"]
 
-# Above this many runs of `rank` rows the sketch is a small dense matrix: one product beats slices.
-_MAX_RUNS = 64
+# With more runs of `rank` rows, or less rank, the sketch is a small dense matrix: one product beats
+# slices.
+_MAX_RUNS, _MIN_RANK = 64, 4
 
 
 class Projection:
@@ -50,14 +51,16 @@ class Projection:
             sign = signs(key + 2 * entry, start, count, device).mul_(entries**-0.5).to(exact)
             shifts = words(key + 2 * entry + 1, 0, runs).remainder_(rank).tolist()
             self._sketches.append((sign, shifts))
-        if runs > _MAX_RUNS:
+        if runs > _MAX_RUNS or rank < _MIN_RANK:
             self._dense = self._as_dense().to(dtype)
             self._sketches = []
 
     @property
-    def dense(self) -> bool:
-        """Whether a matrix is held, rather than signs."""
-        return self._dense is not None
+    def numel(self) -> int:
+        """Numbers held."""
+        if self._dense is not None:
+            return self._dense.numel()
+        return sum(sign.numel() + len(shifts) for sign, shifts in self._sketches)
 
     def matrix(self) -> Tensor:
         """P itself, (count, rank)."""
@@ -81,18 +84,28 @@ class Projection:
             return low.to(exact)
         shape = [*grad.shape]
         shape[-1 if side == "right" else -2] = self.rank
-        low = torch.zeros(shape, dtype=exact, device=grad.device)
-        for rows, buckets, sign in self._slices():
+        # The first run fills every bucket, unless this is a shard that lacks some of its rows.
+        filled = self.start == 0 and self.count >= self.rank
+        low = torch.empty(shape, dtype=exact, device=grad.device)
+        if not filled:
+            low.zero_()
+        for first, rows, buckets, sign in self._slices():
             if side == "right":
-                low[..., buckets].addcmul_(grad[..., rows].to(exact), sign)
+                part, into = grad[..., rows].to(exact), low[..., buckets]
             else:
-                low[..., buckets, :].addcmul_(grad[..., rows, :].to(exact), sign[:, None])
+                part, into, sign = grad[..., rows, :].to(exact), low[..., buckets, :], sign[:, None]
+            if first and filled:
+                torch.mul(part, sign, out=into)
+            else:
+                into.addcmul_(part, sign)
         return low
 
-    def _slices(self) -> Iterator[tuple[slice, slice, Tensor]]:
-        """Runs of local rows, the buckets they go to in order, and their signs."""
+    def _slices(self) -> Iterator[tuple[bool, slice, slice, Tensor]]:
+        """Runs of local rows, the buckets they go to in order, and their signs; and whether it is
+        the first run of the first sketch.
+        """
         stop = self.start + self.count
-        for sign, shifts in self._sketches:
+        for number, (sign, shifts) in enumerate(self._sketches):
             for run, shift in enumerate(shifts):
                 # Rows of the run before and after its buckets wrap around.
                 base = run * self.rank
@@ -102,4 +115,5 @@ class Projection:
                     if a < b:
                         rows = slice(a - self.start, b - self.start)
                         offset = bucket + a - low
-                        yield rows, slice(offset, offset + b - a), sign[rows]
+                        buckets = slice(offset, offset + b - a)
+                        yield number == run == 0, rows, buckets, sign[rows]

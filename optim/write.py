@@ -9,7 +9,9 @@ for m + n random numbers in place of m * n; and a shard draws only its own rows.
 """
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
+from types import FunctionType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,10 +65,15 @@ def _write(
         round_to_bf16_(weight, exact, row, col)
 
 
-@lru_cache(maxsize=1)
-def _compiled() -> Callable[..., None]:
-    # Static shapes: one small kernel for each shape of weight, none for each step.
-    return torch.compile(_write, dynamic=False, fullgraph=True)
+@cache
+def _compiled(*variant: Any) -> Callable[..., None]:
+    """A compiled `_write` for one shape, dtype and way of rounding: static, so that none of it is
+    compiled twice or guarded by more than it needs.
+    """
+    del variant
+    # torch keeps at most 8 variants of one code object: each has a copy of its own.
+    own = FunctionType(_write.__code__.replace(), globals())
+    return torch.compile(own, dynamic=False, fullgraph=True)
 
 
 def write(
@@ -93,7 +100,8 @@ def write(
         row = row.view(*weight.shape[:-1], 1)
     if compiled:
         rate = torch.full((), keep, dtype=factor.dtype, device=weight.device)
-        _compiled()(weight, grad, factor, rate, row, col)
+        variant = weight.shape, weight.dtype, grad.dtype, factor.shape, row is None, weight.device
+        _compiled(*variant)(weight, grad, factor, rate, row, col)
         return
     kept = None if keep == 1.0 else keep
     on_cpu = weight.device.type == "cpu"

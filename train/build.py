@@ -68,7 +68,10 @@ def build_model(recipe: Recipe, tokenizer: Any) -> Any:
             model = tiny_llama(
                 tokenizer, hidden_size=part.hidden_size, layers=part.layers, heads=part.heads,
                 max_position=part.max_position, seed=seed,
-            ).to(torch_dtype(part.dtype))  # fmt: skip
+            )  # fmt: skip
+            for param in model.parameters():
+                # Not model.to(): that would round the rotary frequencies, which stay fp32.
+                param.data = param.data.to(torch_dtype(part.dtype))
         elif isinstance(part, SmolLM2):
             model = load_causal_lm(_smollm2_folder(), dtype=part.dtype, **four_bit)
         else:

@@ -58,10 +58,19 @@ class PlainUpdate:
         del state
 
     def _norm(self) -> Tensor:
+        grads = [p.grad for p in self.parameters if p.grad is not None]
+        if any(g.dtype in (torch.bfloat16, torch.float16) for g in grads) and not any(
+            hasattr(g, "to_local") for g in grads
+        ):
+            # torch's own norm has the gradients' dtype, and bf16 has three digits.
+            norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in grads]
+            norm = torch.linalg.vector_norm(torch.stack(norms))
+            if self.max_grad_norm is not None:
+                torch.nn.utils.clip_grads_with_norm_(self.parameters, self.max_grad_norm, norm)
+            return norm
         if self.max_grad_norm is not None:
             norm = self.accelerator.clip_grad_norm_(self.parameters, self.max_grad_norm)
         else:
-            grads = [p.grad for p in self.parameters if p.grad is not None]
             norm = torch.nn.utils.get_total_norm(grads)
         # DTensor norms (FSDP2) are partial until asked for.
         return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # type: ignore[attr-defined]
