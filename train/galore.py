@@ -1,8 +1,8 @@
 """pytorch_optimizer's GaLore with a state of tensors and plain numbers.
 
 It keeps a projector *object* for each matrix, which `torch.load(weights_only=True)` refuses, so no
-checkpoint of it can be read back. Here the saved state has the projection matrix and the step it is
-from, and the objects are made anew when it is loaded. Nothing of the arithmetic is touched.
+checkpoint of it can be read back. Here the saved state has the projection matrix, and the objects
+are made anew when it is loaded. Nothing of the arithmetic is touched.
 """
 
 from typing import Any
@@ -13,7 +13,7 @@ from pytorch_optimizer.optimizer.utils.galore import GaLoreProjector
 
 class TensorStateGaLore(GaLore):
     def state_dict(self) -> dict[str, Any]:
-        """As torch's; a matrix has `projection` and `projection_step` for its projector."""
+        """As torch's; a matrix has the tensor `projection` in place of its projector."""
         saved = super().state_dict()
         return {**saved, "state": {key: _plain(state) for key, state in saved["state"].items()}}
 
@@ -31,7 +31,6 @@ class TensorStateGaLore(GaLore):
                     projection_type=group["projection_type"],
                 )
                 projector.ortho_matrix = state.pop("projection")
-                projector.last_svd_step = state.pop("projection_step")
                 state["projector"] = projector
 
 
@@ -39,9 +38,6 @@ def _plain(state: dict[str, Any]) -> dict[str, Any]:
     projector = state.get("projector")
     if projector is None:
         return state
+    # Its last_svd_step only keeps one step from two decompositions, so it is not for the file.
     rest = {key: value for key, value in state.items() if key != "projector"}
-    return {
-        **rest,
-        "projection": projector.ortho_matrix,
-        "projection_step": projector.last_svd_step,
-    }
+    return {**rest, "projection": projector.ortho_matrix}

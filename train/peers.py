@@ -5,8 +5,8 @@ Each is one optimizer object over all trainable parameters, whose state is tenso
 numbers. Muon is pytorch_optimizer's and not torch's, which takes matrices only, so that a second
 optimizer with a state of its own would be needed beside it, and torch 2.9.
 
-No foreach: it batches matrices of one shape, which rounds otherwise than one matrix alone, and then
-an update inside the backward would not be the plain one bit for bit.
+No foreach: it stacks matrices of one shape. The stack is memory, and a batched product need not
+round as one matrix alone does: then an update inside the backward would not have the same bits.
 """
 
 import logging
