@@ -27,7 +27,7 @@ log = logging.getLogger("mnemic")
 def build_peer(part: Any, model: Any) -> torch.optim.Optimizer:
     """The optimizer of an `AdamW8bit`, `Adafactor`, `Muon` or `GaLore` part."""
     if isinstance(part, AdamW8bit):
-        from bitsandbytes.optim import AdamW8bit as BitsAndBytesAdamW8bit
+        from bitsandbytes.optim.adamw import AdamW8bit as BitsAndBytesAdamW8bit
 
         return BitsAndBytesAdamW8bit(
             decay_groups(model, part.weight_decay),
