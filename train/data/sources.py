@@ -317,7 +317,7 @@ class HubSource:
         except ImportError:
             raise UserError("data.kind=hub needs datasets: pip install 'mnemic[data]'") from None
         try:
-            self.rows = datasets.load_dataset(
+            self.rows: Any = datasets.load_dataset(
                 data.name, data.config, split=data.split, revision=data.revision,
                 streaming=data.streaming,
             )  # fmt: skip

@@ -1,8 +1,8 @@
 """Recipe parts that say how to train: `objective`, `update`, `loop`, `evaluation`, `track`."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from mnemic.train.recipe.base import KindShorthand, Part
 from mnemic.train.recipe.data import Data
@@ -70,7 +70,17 @@ class InBackwardUpdate(Part):
         return self
 
 
-Update = Annotated[PlainUpdate | InBackwardUpdate, Field(discriminator="kind"), KindShorthand]
+def _plain_unless_said(value: Any) -> Any:
+    return {"kind": "plain", **value} if isinstance(value, dict) else value
+
+
+Update = Annotated[
+    PlainUpdate | InBackwardUpdate,
+    Field(discriminator="kind"),
+    # `update: {max_grad_norm: 0.5}` is the plain update's.
+    BeforeValidator(_plain_unless_said),
+    KindShorthand,
+]
 
 
 class Schedule(Part):
