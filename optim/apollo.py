@@ -206,7 +206,7 @@ class Apollo(torch.optim.Optimizer):
     def _step_elementwise(self, group: dict[str, Any], item: _Item) -> None:
         if self.skip_nonfinite:
             if item.weight.device.type == "cpu" and item.shard.group is None:
-                if not item.grad.sum(dtype=torch.float64).isfinite():
+                if not item.grad.sum().isfinite():
                     return
             else:
                 item.grad.nan_to_num_(0.0, 0.0, 0.0)
@@ -234,15 +234,18 @@ class Apollo(torch.optim.Optimizer):
             for item in items:
                 item.grad.nan_to_num_(0.0, 0.0, 0.0)
 
-        lows, sums = [], []
+        lows, sums, low_sums = [], [], []
         for item in items:
             # The norm first: it streams from memory, the product does better from cache.
             sums.append(square_sums(item.grad, axes))
             project = self.projection(group, item.name, item.param, item.step)
-            lows.append(project(item.grad, layout.side))
-        lows, (squares,) = sum_over(of_parts, lows), sum_over(of_parts, [torch.stack(sums)])
+            (low,) = sum_over(of_parts, [project(item.grad, layout.side)])
+            lows.append(low)
+            low_sums.append(square_sums(low, axes))
+        squares, before = torch.stack(sums), torch.stack(low_sums)
+        (squares,) = sum_over(of_parts, [squares])
         if per_tensor:
-            (squares,) = sum_over(of_channels, [squares])
+            squares, before = sum_over(of_channels, [squares, before])
         if self.skip_nonfinite and first.weight.device.type == "cpu":
             totals = squares.flatten(1).sum(1)
             if not per_tensor:
@@ -250,18 +253,19 @@ class Apollo(torch.optim.Optimizer):
             if not totals.sum().isfinite():
                 fine = totals.isfinite().nonzero().flatten().tolist()
                 items, lows = [items[i] for i in fine], [lows[i] for i in fine]
-                squares = squares[fine]
+                squares, before = squares[fine], before[fine]
                 if not items:
                     return
 
-        tensor_sums = of_channels if per_tensor else None
-        before = torch.stack(sum_over(tensor_sums, [square_sums(x, axes) for x in lows])).sqrt_()
         adam_direction_(
             lows, [i.state["exp_avg"] for i in items], [i.state["exp_avg_sq"] for i in items],
             group["betas"], group["eps"],
         )  # fmt: skip
-        after = torch.stack(sum_over(tensor_sums, [square_sums(x, axes) for x in lows])).sqrt_()
+        after = torch.stack([square_sums(x, axes) for x in lows])
         del lows
+        if per_tensor:
+            (after,) = sum_over(of_channels, [after])
+        before, after = before.sqrt_(), after.sqrt_()
         if group["reference"]:
             scale = after / (before + 1e-8)
         else:

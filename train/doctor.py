@@ -18,7 +18,8 @@ CORE = ("torch", "accelerate", "transformers", "peft", "safetensors", "pydantic"
 OPTIONAL = {
     "datasets": "data: hub data sets, parquet",
     "wandb": "track: Weights & Biases",
-    "bitsandbytes": "offload: QLoRA",
+    "bitsandbytes": "optimizers: AdamW8bit, QLoRA",
+    "pytorch_optimizer": "optimizers: Muon, GaLore",
     "trl": "rl: TRL's trainers",
     "deepspeed": "offload: ZeRO on several GPUs",
 }

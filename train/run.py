@@ -65,6 +65,10 @@ def _run(recipe: Recipe, folder: RunFolder, start: Path | None, console: Any) ->
         from accelerate.utils import broadcast_object_list
 
         (start,) = broadcast_object_list([start])
+    if accelerator.num_processes > 1 and recipe.model.weights == "int8":
+        raise UserError(
+            "model.weights=int8 trains in one process; launch one, or set model.weights=full"
+        )
     micro = micro_batch_size(recipe.loop, accelerator.num_processes)
     num_batches = recipe.loop.batch_size // (micro * accelerator.num_processes)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:

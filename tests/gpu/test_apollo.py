@@ -1,4 +1,5 @@
-"""APOLLO on an accelerator: the CPU's projections to the bit, its weights to round-off, no waiting."""
+"""APOLLO on an accelerator: the CPU's projections to the bit, its weights to round-off, no waiting.
+"""
 
 import pytest
 import torch

@@ -70,18 +70,17 @@ def test_weights_without_bytes_are_refused():
 @pytest.mark.parametrize(
     ("make", "most"),
     [
-        # The rest over 5: random numbers of a projection that is drawn anew in every step.
-        (lambda ps: ApolloMini(ps, 1e-6), 5.13),
-        (lambda ps: ApolloMini(ps, 1e-6, cache_projection=True), 5.02),
+        # Five passes over weight and gradient; the rest are vectors of state.
+        (lambda ps: ApolloMini(ps, 1e-6), 5.02),
         (
             lambda ps: Apollo(ps, 1e-6, rank=192, proj="gaussian", cache_projection=True),
             8.2,
         ),
         (lambda ps: Apollo(ps, 1e-6, rank=192, proj="gaussian"), 11.55),
         # Its buckets are added to in place, so the low-rank matrix counts for each run of rows.
-        (lambda ps: Apollo(ps, 1e-6, rank=192), 10.05),
+        (lambda ps: Apollo(ps, 1e-6, rank=192), 9.56),
     ],
-    ids=["mini", "mini cached", "gaussian cached", "gaussian", "sparse"],
+    ids=["mini", "gaussian cached", "gaussian", "sparse"],
 )
 def test_ours(make, most):
     assert passes_of(make) <= most
