@@ -85,7 +85,7 @@ def main() -> None:
                 if "plain" not in row_name or "rank" in row_name:
                     continue
                 steps = 3
-                overrides = [*overrides, "model.kind=tiny", "objective.seq_len=64"]
+                overrides = [*overrides, "model.kind=tiny", "model.hidden_size=768"]
             row = run(row_name, overrides, Path(name), data, steps)
             row["step_peak_over_imports"] = row["step_peak_bytes"] - base
             found.append(row)

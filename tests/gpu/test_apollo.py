@@ -1,5 +1,4 @@
-"""APOLLO on an accelerator: the CPU's projections to the bit, its weights to round-off, no waiting.
-"""
+"""APOLLO on an accelerator: projections equal to the bit, weights to round-off, no waiting."""
 
 import pytest
 import torch

@@ -166,8 +166,7 @@ def lora_loss(**settings) -> tuple[float, float]:
 
 
 def test_a_zero_first_gradient_freezes_nothing():
-    """The published limiter moves A by 1e-6 of its norm in 300 steps (ours, with reference=True).
-    """
+    """The published limiter (reference=True) moves A by 1e-6 of its norm in 300 steps."""
     ours, ours_moved = lora_loss()
     free, free_moved = lora_loss(gamma=None)
     published, published_moved = lora_loss(reference=True)

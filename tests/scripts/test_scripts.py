@@ -61,3 +61,33 @@ def test_bench_optimizer_writes_its_ratios(tmp_path):
     assert {row["dtype"] for row in report["rows"]} == {"fp32", "bf16"}
     assert all(row["min_ms"] > 0 and row["first_ms"] > 0 for row in report["rows"])
     assert report["env"]["threads"] == 1
+
+
+@pytest.mark.slow
+def test_bench_quality_goes_on_and_writes_its_ratios(tmp_path):
+    text = tmp_path / "words.txt"
+    text.write_text(TEXT * 20)
+    command = [
+        sys.executable, SCRIPTS / "bench_quality.py", "--quick", "--data", text,
+        "--runs", tmp_path / "runs.jsonl", "--json", tmp_path / "bench.json",
+    ]  # fmt: skip
+    subprocess.run([*command, "--methods", "adamw", "apollo-mini"], check=True)
+    first = (tmp_path / "runs.jsonl").read_text().splitlines()
+    subprocess.run([*command, "--methods", "adamw", "apollo sparse 1/4", "apollo-mini"], check=True)
+    assert (tmp_path / "runs.jsonl").read_text().splitlines()[:2] == first
+    report = json.loads((tmp_path / "bench.json").read_text())
+    assert 0.5 < report["ratios"]["apollo_vs_adamw_loss"] < 2
+    assert 0.5 < report["ratios"]["mini_vs_adamw_loss"] < 2
+    sizes = {row["name"]: row["state_bytes"] for row in report["rows"]}
+    assert sizes["words: apollo-mini"] < sizes["words: apollo sparse 1/4"] < sizes["words: adamw"]
+
+
+@pytest.mark.slow
+def test_bench_memory_writes_its_ratios(tmp_path):
+    out = tmp_path / "bench.json"
+    subprocess.run(
+        [sys.executable, SCRIPTS / "bench_memory.py", "--quick", "--json", out], check=True
+    )
+    report = json.loads(out.read_text())
+    assert [row["name"] for row in report["rows"]] == ["adamw, plain", "apollo-mini, plain"]
+    assert all(row["step_peak_over_imports"] > 0 for row in report["rows"])
