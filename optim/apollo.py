@@ -126,8 +126,8 @@ class Apollo(torch.optim.Optimizer):
             group["proj"], stream_key(self.seed, name, interval), rank, start, count,
             param.device, grad.dtype, group["proj_entries"],
         )  # fmt: skip
-        # What is no larger than a row or column of the gradient is not worth drawing again.
-        if self.cache_projection or found.numel <= max(param.shape[-2:]):
+        # What is no larger than two rows or columns of the gradient is not worth drawing again.
+        if self.cache_projection or found.numel <= 2 * max(param.shape[-2:]):
             self._projections[name] = (setting, found)
         return found
 

@@ -71,6 +71,8 @@ def _apollo(part: Apollo | ApolloMini, model: Any, seed: int) -> torch.optim.Opt
         "cache_projection": part.cache_projection,
         "compile": part.compile,
     }
+    if part.cache_projection and part.proj == "sparse" and part.proj_entries == 1:
+        log.warning("optimizer.cache_projection has no effect: sparse projections are kept anyway")
     if isinstance(part, Apollo):
         settings |= {"rank": part.rank, "scale_type": part.scale_type}
         optimizer = apollo.Apollo(groups, part.lr, **settings)

@@ -285,3 +285,15 @@ def test_a_value_of_two_types_has_one_sentence(tmp_path, settings, sentence):
 def test_an_unknown_kind_names_all(tmp_path):
     with pytest.raises(RecipeError, match="'addam' is not one of adamw, adamw8bit, sgd, adafactor"):
         build_recipe(lm_tree(tmp_path, optimizer={"kind": "addam"}))
+
+
+def test_settings_that_do_nothing_are_named(tmp_path, caplog):
+    tree = tree_of(tmp_path, "apollo")
+    tree["optimizer"] |= {"proj": "gaussian", "proj_entries": 2}
+    with pytest.raises(UserError, match="proj_entries=2 is for proj=sparse"):
+        build_recipe(tree)
+    tree["optimizer"] |= {"proj": "sparse", "proj_entries": 1, "cache_projection": True}
+    recipe = build_recipe(tree)
+    with caplog.at_level(logging.WARNING, logger="mnemic"):
+        build_optimizer(recipe.optimizer, build_model(recipe, byte_tokenizer()))
+    assert "cache_projection has no effect" in caplog.text

@@ -194,6 +194,11 @@ class _Apollo(Part):
             raise ValueError(
                 f"scale={self.scale} and scale_sq={self.scale_sq} both give alpha; keep one"
             )
+        if self.proj == "gaussian" and self.proj_entries != 1:
+            raise ValueError(
+                f"proj_entries={self.proj_entries} is for proj=sparse; a gaussian projection is "
+                "dense: leave it at 1"
+            )
         return self
 
 
