@@ -1,5 +1,8 @@
 """The pass that changes weights, and its rounding."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -62,15 +65,29 @@ def test_a_shard_draws_its_rows_of_the_noise():
     assert torch.equal(part[0], whole[0][3:7]) and torch.equal(part[1], whole[1])
 
 
-@pytest.mark.timeout(200)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_compiled_pass_is_the_same(dtype):
-    weight, grad = torch.randn(64, 48).to(dtype), torch.randn(64, 48).to(dtype)
-    factor = torch.randn(64, 1) * 1e-2
-    noise = rounding_noise(3, weight) if dtype == torch.bfloat16 else None
-    eager, compiled = weight.clone(), weight.clone()
-    write(eager, grad, factor, 0.99, noise)
-    write(compiled, grad, factor, 0.99, noise, compiled=True)
-    # The compiler may contract a multiplication and an addition, which moves a rare rounding.
-    assert (eager == compiled).float().mean() > (0.99 if dtype == torch.bfloat16 else 0.5)
-    torch.testing.assert_close(eager, compiled)
+COMPILED = """
+import torch
+from mnemic.optim.write import rounding_noise, write
+
+# More shapes than the eight variants torch keeps of one function.
+for dtype in (torch.float32, torch.bfloat16):
+    for rows in range(60, 71):
+        torch.manual_seed(rows)
+        weight, grad = torch.randn(rows, 48).to(dtype), torch.randn(rows, 48).to(dtype)
+        factor = torch.randn(rows, 1) * 1e-2
+        noise = rounding_noise(3, weight) if dtype == torch.bfloat16 else None
+        eager, compiled = weight.clone(), weight.clone()
+        write(eager, grad, factor, 0.99, noise)
+        write(compiled, grad, factor, 0.99, noise, compiled=True)
+        # The compiler may contract a product and a sum, which moves a rare rounding.
+        assert (eager == compiled).float().mean() > (0.99 if noise else 0.5), (rows, dtype)
+        torch.testing.assert_close(eager, compiled)
+print("equal")
+"""
+
+
+@pytest.mark.timeout(280)
+def test_the_compiled_pass_is_the_same():
+    """In a process of its own: torch's compiler minds what was imported before it."""
+    done = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True)
+    assert done.stdout == "equal\n", done.stderr[-3000:]
