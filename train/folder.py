@@ -84,7 +84,8 @@ class RunFolder:
 
     def _starting_point(self, recipe: Recipe) -> Path | None:
         resume = recipe.loop.resume
-        used = self.recipe.exists() or self.metrics.exists() or bool(self.newest())
+        # A run that ended before its first row (a wrong pattern, no memory) leaves nothing to keep.
+        used = self.metrics.exists() or bool(self.newest())
         if resume == "never" and used:
             raise UserError(
                 f"run_dir: {self.path} already holds a run and loop.resume=never; "

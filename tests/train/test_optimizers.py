@@ -297,3 +297,16 @@ def test_settings_that_do_nothing_are_named(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, logger="mnemic"):
         build_optimizer(recipe.optimizer, build_model(recipe, byte_tokenizer()))
     assert "cache_projection has no effect" in caplog.text
+
+
+def test_a_run_refused_for_its_patterns_can_be_mended_and_run_again(tmp_path):
+    """In the same folder: nothing was trained there."""
+    tree = tree_of(tmp_path, "apollo")
+    tree["optimizer"]["patterns"] = [{"match": "*.nope.*"}]
+    with pytest.raises(UserError, match="takes nothing"):
+        train_here(tree)
+    tree["optimizer"]["patterns"] = [{"match": "*.mlp.*", "rank": 2}]
+    assert train_here(tree)["steps"] == 8
+    tree["optimizer"]["patterns"] = []
+    with pytest.raises(UserError, match="holds a run of another recipe"):
+        train_here(tree)
