@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw as fused_adamw
 
 from mnemic.optim.eightbit import BLOCK, dequantize, quantize, zeros
+from mnemic.optim.lowrank import adam_direction_
 from mnemic.optim.write import Noise, write
 
 # Elements worked on at a time where fp32 copies are needed.
@@ -25,23 +26,12 @@ def new_state(param: Tensor, *, eight_bit: bool) -> dict[str, Any]:
     if eight_bit and param.numel() >= _SMALL:
         return zeros(param)
     exact = torch.float64 if param.dtype == torch.float64 else torch.float32
-    like = {"dtype": exact, "memory_format": torch.preserve_format}
+    # torch's kernel walks weight and moments alike; our parts of narrower weights are rows.
+    layout = torch.preserve_format if param.dtype == exact else torch.contiguous_format
     return {
-        "exp_avg": torch.zeros_like(param, **like),
-        "exp_avg_sq": torch.zeros_like(param, **like),
+        name: torch.zeros_like(param, dtype=exact, memory_format=layout)
+        for name in ("exp_avg", "exp_avg_sq")
     }
-
-
-def _adamw_(
-    params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor],
-    *, step: float, lr: float, weight_decay: float, betas: tuple[float, float], eps: float,
-) -> None:  # fmt: skip
-    # The kernel adds 1 to the step numbers it is given.
-    steps = [torch.full((), step - 1, dtype=torch.float32, device=p.device) for p in params]
-    fused_adamw(
-        params, grads, exp_avgs, exp_avg_sqs, [], steps, fused=True, amsgrad=False, maximize=False,
-        beta1=betas[0], beta2=betas[1], lr=lr, weight_decay=weight_decay, eps=eps,
-    )  # fmt: skip
 
 
 def adamw_step(
@@ -51,12 +41,14 @@ def adamw_step(
     """One AdamW step, `step` counted from 1, in place on the local data `weight` (any shape)."""
     if weight.numel() == 0:
         return
-    settings: dict[str, Any] = {"step": step, "betas": betas, "eps": eps}
     eight_bit = "exp_avg_scale" in state
     if not eight_bit and weight.dtype in (torch.float32, torch.float64):
-        _adamw_(
-            [weight], [grad.to(weight.dtype)], [state["exp_avg"]], [state["exp_avg_sq"]],
-            lr=lr, weight_decay=weight_decay, **settings,
+        # The kernel adds 1 to its step number.
+        count = torch.full((), step - 1, dtype=torch.float32, device=weight.device)
+        fused_adamw(
+            [weight], [grad.to(weight.dtype)], [state["exp_avg"]], [state["exp_avg_sq"]], [],
+            [count], fused=True, amsgrad=False, maximize=False, beta1=betas[0], beta2=betas[1],
+            lr=lr, weight_decay=weight_decay, eps=eps,
         )  # fmt: skip
         return
     if weight.ndim < 2:
@@ -68,16 +60,14 @@ def adamw_step(
     factor = torch.full((1,) * weight.ndim, lr, dtype=torch.float32, device=weight.device)
     for first in range(0, weight.shape[0], rows):
         part = slice(first, first + rows)
-        direction = grad[part].float() if grad.dtype != torch.float32 else grad[part].clone()
+        direction = torch.empty(grad[part].shape, device=grad.device).copy_(grad[part])
         if eight_bit:
             flat = slice(first * cols, first * cols + direction.numel())
             exp_avg, exp_avg_sq = dequantize(state, flat)
         else:
             exp_avg = state["exp_avg"].view(weight.shape)[part].reshape(-1)
             exp_avg_sq = state["exp_avg_sq"].view(weight.shape)[part].reshape(-1)
-        low = direction.view(-1)
-        # On a parameter that is its own gradient, with lr and decay 1: minus Adam's direction.
-        _adamw_([low], [low], [exp_avg], [exp_avg_sq], lr=1.0, weight_decay=1.0, **settings)
+        adam_direction_([direction.view(-1)], [exp_avg], [exp_avg_sq], betas, eps, step)
         if eight_bit:
             quantize(state, flat, exp_avg, exp_avg_sq)
         per_row = math.prod(weight.shape[1:-1])

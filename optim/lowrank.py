@@ -35,11 +35,6 @@ class Layout:
         return "right" if self.shape[-2] >= self.shape[-1] else "left"
 
     @property
-    def dim(self) -> int:
-        """Length of the projected axis."""
-        return min(self.shape[-2:])
-
-    @property
     def reduce(self) -> tuple[int, ...]:
         """Axes over which the norm of one scale is taken."""
         if self.scale_type == "tensor":
@@ -80,15 +75,17 @@ def square_sums(x: Tensor, axes: tuple[int, ...]) -> Tensor:
 
 def adam_direction_(
     lows: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor],
-    betas: tuple[float, float], eps: float,
+    betas: tuple[float, float], eps: float, step: int | None = None,
 ) -> None:  # fmt: skip
-    """Update the moments with `lows` and overwrite those with -M / (sqrt(V) + eps).
+    """Update the moments with `lows` and overwrite those with minus Adam's direction, with its bias
+    corrections at `step` (from 1) or, without one, -M / (sqrt(V) + eps).
 
-    One fused kernel for all: torch's AdamW with a step number so large that its bias corrections
-    are 1, learning rate 1 and weight decay 1, on a parameter that is its own gradient (each element
-    is read before it is written): p - p - M / (sqrt(V) + eps).
+    One fused kernel for all: torch's AdamW with learning rate 1 and weight decay 1, on a parameter
+    that is its own gradient (each element is read before it is written): p - p - direction.
     """
-    steps = [torch.full((), 2.0**100, dtype=torch.float32, device=x.device) for x in lows]
+    # The kernel adds 1 to its step number; from a very large one the corrections are 1.
+    count = 2.0**100 if step is None else step - 1
+    steps = [torch.full((), count, dtype=torch.float32, device=x.device) for x in lows]
     fused_adamw(
         lows, lows, exp_avgs, exp_avg_sqs, [], steps, fused=True, amsgrad=False, maximize=False,
         beta1=betas[0], beta2=betas[1], lr=1.0, weight_decay=1.0, eps=eps,

@@ -76,7 +76,7 @@ def apollo_groups(
         raise SelectionError("the model has no trainable parameter")
     other = {"rule": "adamw", **(rest or {})}
     params = dict(model.named_parameters())
-    taken, matched = [0] * len(patterns), [0] * len(patterns)
+    taken, matched, low_rank = ([0] * len(patterns) for _ in range(3))
     groups: dict[Any, dict[str, Any]] = {}
     for name, role in found.items():
         param = params[name]
@@ -90,13 +90,15 @@ def apollo_groups(
             # A pattern that names a rule starts from nothing; one that does not, from the role's.
             settings = {**({} if "rule" in chosen else settings), **chosen}
         settings.setdefault("rule", "apollo")
+        if hits and rule_of(settings, param) == "apollo":
+            low_rank[hits[0]] += 1
         if "weight_decay" not in settings:
             settings["weight_decay"] = weight_decay if param.ndim >= 2 else 0.0
         key = tuple(sorted((k, str(v)) for k, v in settings.items()))
         group = groups.setdefault(key, {"params": [], "param_names": [], **settings})
         group["params"].append(param)
         group["param_names"].append(name)
-    _check_patterns(patterns, matched, taken, found)
+    _check_patterns(patterns, matched, taken, low_rank, found)
     _check_coverage(list(groups.values()), found, params, min_coverage)
     # The low-rank groups first: their learning rate is the one that is logged.
     return sorted(groups.values(), key=lambda g: RULES.index(g["rule"]))
@@ -110,9 +112,15 @@ def _matches(pattern: str, name: str, role: str) -> bool:
 
 def _check_patterns(
     patterns: Sequence[Mapping[str, Any]], matched: list[int], taken: list[int],
-    found: Mapping[str, str],
+    low_rank: list[int], found: Mapping[str, str],
 ) -> None:  # fmt: skip
-    for pattern, hits, kept in zip(patterns, matched, taken, strict=True):
+    for pattern, hits, kept, low in zip(patterns, matched, taken, low_rank, strict=True):
+        idle = sorted({"rank", "scale"} & pattern.keys())
+        if kept and idle and not low:
+            raise SelectionError(
+                f"pattern {pattern['match']!r} sets {' and '.join(idle)}, and every parameter it "
+                "takes has AdamW, which has neither; leave it out, or add rule: apollo"
+            )
         if kept:
             continue
         names = list(found)

@@ -16,8 +16,9 @@ apollo_torch = pytest.importorskip(
 SHAPES = [(48, 20), (20, 48), (32, 32), (7, 64)]
 
 
-def both(*, scale_type, weight_decay, steps=200, dtype=torch.float64, rank=4, scale=3.0, lr=0.01,
-         first_zero=False):  # fmt: skip
+def both(
+    *, scale_type, weight_decay, steps=200, dtype=torch.float64, rank=4, scale=3.0, lr=0.01
+):  # fmt: skip
     """Largest relative difference of the weights after `steps` steps on the same gradients."""
     generator = torch.Generator().manual_seed(3)
 
@@ -47,13 +48,11 @@ def both(*, scale_type, weight_decay, steps=200, dtype=torch.float64, rank=4, sc
         return project
 
     optimizer.projection = injected
-    for step in range(steps):
+    for _ in range(steps):
         # Growing and shrinking gradients, so that the limiter binds at times.
         size = 10.0 ** float(torch.randn((), generator=generator))
         for a, b in zip(theirs, ours, strict=True):
             grad = size * draw(*a.shape)
-            if first_zero and step == 0:
-                grad.zero_()
             a.grad, b.grad = grad.clone(), grad.clone()
         oracle.step()
         optimizer.step()
@@ -69,3 +68,48 @@ def test_same_weights_after_200_steps(scale_type, weight_decay):
 
 def test_mini_is_rank_1_with_one_scale():
     assert both(scale_type="tensor", weight_decay=0.0, rank=1, scale=128.0) <= 1e-12
+
+
+def moved(make, spoil) -> list[float]:
+    """How far each matrix went in 30 steps whose first gradient `spoil` has changed."""
+    generator = torch.Generator().manual_seed(3)
+    params = [torch.nn.Parameter(torch.randn(*s, generator=generator)) for s in SHAPES]
+    start = [p.detach().clone() for p in params]
+    optimizer = make(params)
+    for step in range(30):
+        for p in params:
+            p.grad = torch.randn(p.shape, generator=generator)
+            if step == 0:
+                spoil(p.grad)
+        optimizer.step()
+    return [float((p.detach() - s).norm() / s.norm()) for p, s in zip(params, start, strict=True)]
+
+
+def theirs(params):
+    group = {"params": params, "rank": 4, "proj": "random", "scale_type": "channel", "scale": 1.0}
+    return apollo_torch.APOLLOAdamW(
+        [{**group, "update_proj_gap": 60, "proj_type": "std"}], lr=0.01, weight_decay=0.0
+    )
+
+
+def ours(params):
+    return Apollo(params, lr=0.01, rank=4, scale=1.0)
+
+
+def assert_unimpressed(found):
+    """As far as without the spoiled step, give or take what one step of 30 makes."""
+    for far, expected in zip(found, moved(ours, lambda grad: None), strict=True):
+        assert 0.7 < far / expected < 1.3
+
+
+def test_a_zero_first_gradient_freezes_theirs_and_not_ours():
+    assert max(moved(theirs, torch.Tensor.zero_)) < 1e-5
+    assert_unimpressed(moved(ours, torch.Tensor.zero_))
+
+
+def test_a_nan_gradient_is_in_their_weights_and_not_in_ours():
+    def spoil(grad):
+        grad[0, 0] = float("nan")
+
+    assert all(x != x for x in moved(theirs, spoil))
+    assert_unimpressed(moved(ours, spoil))

@@ -66,3 +66,20 @@ def test_bf16_weights_move_by_updates_below_half_a_unit():
         moved[rounding] = 1 - float(weight.float().mean())
         assert optimizer.state[weight]["exp_avg_sq"].dtype == torch.float32
     assert abs(moved["stochastic"] - 1e-3) < 2e-4 and moved["nearest"] == 0
+
+
+@pytest.mark.parametrize("rule", ["adamw", "adamw8bit", "apollo"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_transposed_weight_trains_as_a_plain_one(rule, dtype):
+    """Gradients and state in another memory order than rows: nothing may work on a lost copy."""
+    start = torch.randn(100, 90).to(dtype)
+    plain = torch.nn.Parameter(start.clone())
+    turned = torch.nn.Parameter(start.t().contiguous().t())
+    pair = [(p, Apollo([p], lr=0.01, rule=rule)) for p in (plain, turned)]
+    for _ in range(6):
+        grad = torch.randn(100, 90).to(dtype)
+        plain.grad, turned.grad = grad.clone(), grad.t().contiguous().t()
+        for _, optimizer in pair:
+            optimizer.step()
+    assert not turned.is_contiguous() and (plain != start).float().mean() > 0.5
+    torch.testing.assert_close(turned.detach(), plain.detach(), rtol=1e-5, atol=1e-6)

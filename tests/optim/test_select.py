@@ -86,6 +86,14 @@ def test_a_pattern_that_takes_nothing_is_an_error(llama):
         apollo_groups(llama, patterns=[{"match": "*layers*proj*"}, {"match": "role:matrix"}])
 
 
+def test_a_pattern_whose_settings_do_nothing_is_an_error(llama):
+    with pytest.raises(SelectionError, match="'role:embedding' sets rank, and every parameter"):
+        apollo_groups(llama, patterns=[{"match": "role:embedding", "rank": 4}])
+    low = apollo_groups(llama, patterns=[{"match": "role:embedding", "rank": 4, "rule": "apollo"}])
+    assert next(g for g in low if "model.embed_tokens.weight" in g["param_names"])["rank"] == 4
+    assert apollo_groups(llama, patterns=[{"match": "*", "rank": 4}])
+
+
 def test_little_or_no_coverage_is_an_error(llama):
     everything = [{"match": "*_proj*", "rule": "adamw"}]
     with pytest.raises(SelectionError, match=r"would have 0 of the [\d,]+ trainable"):

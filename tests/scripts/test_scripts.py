@@ -32,13 +32,16 @@ def test_the_flat_loop_and_the_trainer_have_equal_losses(tmp_path):
     assert flat == [row["loss"] for row in rows_of(tmp_path / "run")]
 
 
+def quick(name, tmp_path):
+    """The report of `scripts/NAME.py --quick`."""
+    out = tmp_path / "bench.json"
+    subprocess.run([sys.executable, SCRIPTS / f"{name}.py", "--quick", "--json", out], check=True)
+    return json.loads(out.read_text())
+
+
 @pytest.mark.slow
 def test_bench_loop_writes_its_ratios(tmp_path):
-    out = tmp_path / "bench.json"
-    subprocess.run(
-        [sys.executable, SCRIPTS / "bench_loop.py", "--quick", "--json", out], check=True
-    )
-    report = json.loads(out.read_text())
+    report = quick("bench_loop", tmp_path)
     assert {"loop_overhead", "help_seconds_over_python"} <= report["ratios"].keys()
     assert [row["name"] for row in report["rows"]] == ["bare PyTorch loop", "mnemic loop"]
     assert all(row["ms_per_step"] > 0 for row in report["rows"])
@@ -46,11 +49,7 @@ def test_bench_loop_writes_its_ratios(tmp_path):
 
 @pytest.mark.slow
 def test_bench_optimizer_writes_its_ratios(tmp_path):
-    out = tmp_path / "bench.json"
-    subprocess.run(
-        [sys.executable, SCRIPTS / "bench_optimizer.py", "--quick", "--json", out], check=True
-    )
-    report = json.loads(out.read_text())
+    report = quick("bench_optimizer", tmp_path)
     # Those against apollo-torch only where it is installed.
     assert {
         "mini_vs_fused_bf16", "mini_sr_vs_fused_bf16", "mini_vs_fused_fp32",
@@ -84,10 +83,6 @@ def test_bench_quality_goes_on_and_writes_its_ratios(tmp_path):
 
 @pytest.mark.slow
 def test_bench_memory_writes_its_ratios(tmp_path):
-    out = tmp_path / "bench.json"
-    subprocess.run(
-        [sys.executable, SCRIPTS / "bench_memory.py", "--quick", "--json", out], check=True
-    )
-    report = json.loads(out.read_text())
+    report = quick("bench_memory", tmp_path)
     assert [row["name"] for row in report["rows"]] == ["adamw, plain", "apollo-mini, plain"]
     assert all(row["step_peak_over_imports"] > 0 for row in report["rows"])

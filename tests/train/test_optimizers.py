@@ -310,3 +310,23 @@ def test_a_run_refused_for_its_patterns_can_be_mended_and_run_again(tmp_path):
     tree["optimizer"]["patterns"] = []
     with pytest.raises(UserError, match="holds a run of another recipe"):
         train_here(tree)
+
+
+def test_a_scale_in_a_pattern_overrules_scale_sq(tmp_path):
+    tree = tree_of(tmp_path, "apollo")
+    patterns = [{"match": "*.mlp.*", "scale": 2.0}]
+    tree["optimizer"] |= {"scale_sq": 9.0, "patterns": patterns}
+    recipe = build_recipe(tree)
+    groups = build_optimizer(
+        recipe.optimizer, build_model(recipe, byte_tokenizer())
+    ).param_groups  # fmt: skip
+    found = {name: (g["scale"], g["scale_sq"]) for g in groups for name in g["param_names"]}
+    assert found["model.layers.0.mlp.up_proj.weight"] == (2.0, None)
+    assert found["model.layers.0.self_attn.q_proj.weight"] == ("auto", 9.0)
+
+
+def test_accumulation_inside_the_backward_says_what_it_costs(tmp_path, caplog):
+    tree = tree_of(tmp_path, "apollo", update="in_backward", loop={"micro_batch_size": 4})
+    with caplog.at_level(logging.WARNING, logger="mnemic"):
+        train_here(tree)
+    assert "with 2 micro-batches holds all gradients until the last one" in caplog.text

@@ -146,20 +146,14 @@ class ParameterPattern(Part):
     """As in the optimizer."""
 
     def settings(self) -> dict[str, Any]:
-        return {k: v for k, v in self.model_dump().items() if v is not None}
+        """What is set; a scale of its own takes the place of the optimizer's `scale_sq`."""
+        given = {k: v for k, v in self.model_dump().items() if v is not None}
+        return {**given, "scale_sq": None} if self.scale is not None else given
 
 
-class _Apollo(Part):
+class _Apollo(_Adam):
     lr: float = Field(1e-3, gt=0)
     """Peak learning rate; with `scale: auto` it means what it means for AdamW."""
-    beta1: float = Field(0.9, ge=0, lt=1)
-    """Decay of the first moment."""
-    beta2: float = Field(0.999, ge=0, lt=1)
-    """Decay of the second moment."""
-    eps: float = Field(1e-8, gt=0)
-    """Added to the root of the second moment."""
-    weight_decay: float = Field(0.0, ge=0)
-    """Decoupled decay of matrices; vectors (biases, norms) have none."""
     scale: Scale = "auto"
     """Factor alpha of the low-rank update; auto is sqrt(min(m, n) / rank) for each matrix."""
     scale_sq: float | None = Field(None, gt=0)
