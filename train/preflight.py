@@ -83,6 +83,16 @@ def check_environment(recipe: Recipe) -> None:
             "adapters.kind=qlora quantises a pretrained model; the tiny one is built in fp32"
         )
     check_optimizer(recipe.optimizer.kind)
+    engines = [e for e in ("FSDP", "DEEPSPEED") if os.environ.get(f"ACCELERATE_USE_{e}") == "true"]
+    if recipe.update.kind == "in_backward" and engines:
+        raise UserError(
+            "update.kind=in_backward works on one device or with whole copies on several; set "
+            "update.kind=plain, or launch without FSDP and DeepSpeed"
+        )
+    if model.weights == "int8" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(
+            "model.weights=int8 trains in one process; launch one, or set model.weights=full"
+        )
     if model.kind == "pretrained":
         path = Path(model.path).expanduser()
         looks_local = model.path.startswith((".", "/", "~")) or model.path.count("/") > 1

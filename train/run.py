@@ -65,10 +65,6 @@ def _run(recipe: Recipe, folder: RunFolder, start: Path | None, console: Any) ->
         from accelerate.utils import broadcast_object_list
 
         (start,) = broadcast_object_list([start])
-    if accelerator.num_processes > 1 and recipe.model.weights == "int8":
-        raise UserError(
-            "model.weights=int8 trains in one process; launch one, or set model.weights=full"
-        )
     micro = micro_batch_size(recipe.loop, accelerator.num_processes)
     num_batches = recipe.loop.batch_size // (micro * accelerator.num_processes)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
@@ -93,12 +89,6 @@ def _run(recipe: Recipe, folder: RunFolder, start: Path | None, console: Any) ->
         )
     peak_optimizer = build_optimizer(recipe.optimizer, model, seed=recipe.loop.seed)
     in_backward = isinstance(recipe.update, InBackwardPart)
-    sharded = accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP)
-    if in_backward and sharded:
-        raise UserError(
-            "update.kind=in_backward works on one device or with whole copies on several; under "
-            "FSDP or DeepSpeed set update.kind=plain"
-        )
     if in_backward and num_batches > 1:
         log.warning(
             "update.kind=in_backward with %d micro-batches holds all gradients until the last one; "

@@ -330,3 +330,23 @@ def test_accumulation_inside_the_backward_says_what_it_costs(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, logger="mnemic"):
         train_here(tree)
     assert "with 2 micro-batches holds all gradients until the last one" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("changes", "variable", "value", "message"),
+    [
+        ({"update": "in_backward"}, "ACCELERATE_USE_FSDP", "true", "set update.kind=plain"),
+        ({"update": "in_backward"}, "ACCELERATE_USE_DEEPSPEED", "true", "set update.kind=plain"),
+        ({"model": {"weights": "int8"}}, "WORLD_SIZE", "2", "trains in one process; launch one"),
+    ],
+)
+def test_what_one_process_only_can_do_is_refused_before_anything_loads(
+    tmp_path, monkeypatch, changes, variable, value, message
+):
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    kind = "adamw" if variable == "ACCELERATE_USE_DEEPSPEED" else "apollo"
+    recipe = build_recipe(tree_of(tmp_path, kind, **changes))
+    check_environment(recipe)
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(UserError, match=message):
+        check_environment(recipe)
