@@ -43,16 +43,13 @@ def byte_tokenizer(max_length: int = 2048) -> Any:
     return fast
 
 
-def tiny_llama(
-    tokenizer: Any, *, hidden_size: int, layers: int, heads: int, max_position: int, seed: int
+def tiny_config(
+    tokenizer: Any, *, hidden_size: int, layers: int, heads: int, max_position: int
 ) -> Any:
-    """fp32 LlamaForCausalLM; weights are a function of `seed` and leave the global generator as it
-    was.
-    """
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    """The LlamaConfig of `tiny_llama`."""
+    from transformers import LlamaConfig
 
-    config = LlamaConfig(
+    return LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=hidden_size,
         intermediate_size=hidden_size * 8 // 3 // 8 * 8 + 8,
@@ -64,6 +61,20 @@ def tiny_llama(
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def tiny_llama(
+    tokenizer: Any, *, hidden_size: int, layers: int, heads: int, max_position: int, seed: int
+) -> Any:
+    """fp32 LlamaForCausalLM; weights are a function of `seed` and leave the global generator as it
+    was.
+    """
+    import torch
+    from transformers import LlamaForCausalLM
+
+    config = tiny_config(
+        tokenizer, hidden_size=hidden_size, layers=layers, heads=heads, max_position=max_position
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -38,7 +38,7 @@ _BUCKET = 16 << 20
 
 
 @dataclass
-class _Item:
+class Item:
     """One tensor of a step: local data, its place in the whole, its state."""
 
     param: Tensor
@@ -139,7 +139,7 @@ class Apollo(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            buckets: dict[Any, list[_Item]] = {}
+            buckets: dict[Any, list[Item]] = {}
             for param, name in zip(group["params"], group["names"], strict=True):
                 if param.grad is None:
                     continue
@@ -157,7 +157,7 @@ class Apollo(torch.optim.Optimizer):
                 self._step_bucket(group, bucket)
         return loss
 
-    def _item(self, group: dict[str, Any], param: Tensor, name: str) -> _Item:
+    def _item(self, group: dict[str, Any], param: Tensor, name: str) -> Item:
         grad = param.grad
         assert grad is not None
         if grad.layout != torch.strided:
@@ -167,18 +167,21 @@ class Apollo(torch.optim.Optimizer):
         shard, weight, state = shard_of(param), local(param), self.state[param]
         if not state:
             # Not before the first gradient: whoever shards or moves parameters does it earlier.
-            state["step"] = torch.zeros((), dtype=torch.float32)
-            if rule_of(group, param) == "apollo":
-                state |= self._low_rank_state(group, param, weight, shard)
-            else:
-                eight_bit = rule_of(group, param) == "adamw8bit"
-                fresh = new_state(weight, eight_bit=eight_bit)
-                whole = "exp_avg_scale" not in fresh
-                state |= {k: shard.wrap(v) if whole else v for k, v in fresh.items()}
-        return _Item(
+            state |= self.new_state(group, param)
+        return Item(
             param, name, weight.detach(), local(grad), shard,
             {k: local(v) for k, v in state.items()}, int(state["step"].item()) + 1,
         )  # fmt: skip
+
+    def new_state(self, group: dict[str, Any], param: Tensor) -> dict[str, Tensor]:
+        """The state of `param` before its first step."""
+        shard, weight = shard_of(param), local(param)
+        state = {"step": torch.zeros((), dtype=torch.float32)}
+        if rule_of(group, param) == "apollo":
+            return state | self._low_rank_state(group, param, weight, shard)
+        fresh = new_state(weight, eight_bit=rule_of(group, param) == "adamw8bit")
+        whole = "exp_avg_scale" not in fresh
+        return state | {k: shard.wrap(v) if whole else v for k, v in fresh.items()}
 
     def _low_rank_state(
         self, group: dict[str, Any], param: Tensor, weight: Tensor, shard: Shard
@@ -196,14 +199,14 @@ class Apollo(torch.optim.Optimizer):
             "prev_norm": shard.wrap(norm) if param.ndim == 3 else norm,
         }
 
-    def _noise(self, group: dict[str, Any], item: _Item) -> Noise | None:
+    def _noise(self, group: dict[str, Any], item: Item) -> Noise | None:
         if not wants_noise(group, item.weight):
             return None
         per_row = item.weight[0].numel() // item.weight.shape[-1] if item.weight.ndim > 1 else 1
         key = stream_key(self.seed, "rounding", item.name, item.step)
         return rounding_noise(key, item.weight, item.shard.first_row * per_row)
 
-    def _step_elementwise(self, group: dict[str, Any], item: _Item) -> None:
+    def _step_elementwise(self, group: dict[str, Any], item: Item) -> None:
         if self.skip_nonfinite:
             if item.weight.device.type == "cpu" and item.shard.group is None:
                 if not item.grad.sum().isfinite():
@@ -221,7 +224,7 @@ class Apollo(torch.optim.Optimizer):
             noise=self._noise(group, item),
         )  # fmt: skip
 
-    def _step_bucket(self, group: dict[str, Any], items: list[_Item]) -> None:
+    def _step_bucket(self, group: dict[str, Any], items: list[Item]) -> None:
         """One step of tensors of one shape, dtype, device and step number."""
         first = items[0]
         layout = Layout(tuple(first.param.shape), rank_of(group, first.param), group["scale_type"])
@@ -257,12 +260,33 @@ class Apollo(torch.optim.Optimizer):
                 if not items:
                     return
 
+        factor = self.factors(group, items, layout, lows, squares, before, of_channels)
+        del lows
+        keep = 1 - float(group["lr"]) * group["weight_decay"]
+        if group["reference"]:
+            # Decay after the update, on the updated weight.
+            factor *= keep
+        for item, one in zip(items, factor, strict=True):
+            self.state[item.param]["step"].fill_(item.step)
+            noise = self._noise(group, item)
+            write(item.weight, item.grad, one, keep, noise, compiled=self.compile)
+
+    def factors(
+        self, group: dict[str, Any], items: list[Item], layout: Layout, lows: list[Tensor],
+        squares: Tensor, before: Tensor, of_channels: Any = None,
+    ) -> Tensor:  # fmt: skip
+        """Update the moments with the projected gradients `lows` (destroyed), and return what each
+        channel of each gradient is multiplied with, sign and limiter included.
+
+        `squares`, `before`: squared norms of the gradients' and the projections' channels.
+        """
+        axes, per_tensor = layout.reduce, group["scale_type"] == "tensor"
+        first = items[0]
         adam_direction_(
             lows, [i.state["exp_avg"] for i in items], [i.state["exp_avg_sq"] for i in items],
             group["betas"], group["eps"],
         )  # fmt: skip
         after = torch.stack([square_sums(x, axes) for x in lows])
-        del lows
         if per_tensor:
             (after,) = sum_over(of_channels, [after])
         before, after = before.sqrt_(), after.sqrt_()
@@ -286,14 +310,7 @@ class Apollo(torch.optim.Optimizer):
             factor /= found[0]
             for item, norm in zip(items, found[1], strict=True):
                 item.state["prev_norm"].copy_(norm.view(item.state["prev_norm"].shape))
-        keep = 1 - lr * group["weight_decay"]
-        if group["reference"]:
-            # Decay after the update, on the updated weight.
-            factor *= keep
-        for item, one in zip(items, factor, strict=True):
-            self.state[item.param]["step"].fill_(step)
-            noise = self._noise(group, item)
-            write(item.weight, item.grad, one, keep, noise, compiled=self.compile)
+        return factor
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, but state keeps its dtype: torch would cast fp32 moments to bf16 weights'."""

@@ -81,13 +81,7 @@ def build_model(recipe: Recipe, tokenizer: Any) -> Any:
             )  # fmt: skip
         model.config.use_cache = True
         if not isinstance(adapters, NoAdapters):
-            from mnemic.models.lora import add_lora
-
-            model = add_lora(
-                model, r=adapters.r, alpha=adapters.alpha, dropout=adapters.dropout,
-                target_modules=adapters.target_modules, rslora=adapters.rslora,
-                dora=adapters.kind == "dora", quantized=bool(four_bit), seed=seed,
-            )  # fmt: skip
+            model = add_adapters(recipe, model)
         if part.weights == "int8":
             from mnemic.models.int8 import quantize_body
 
@@ -104,6 +98,32 @@ def build_model(recipe: Recipe, tokenizer: Any) -> Any:
         )
         enable({"use_reentrant": False})
     return model
+
+
+def add_adapters(recipe: Recipe, model: Any) -> Any:
+    """The recipe's adapters around `model`."""
+    from mnemic.models.lora import add_lora
+
+    adapters = recipe.adapters
+    assert not isinstance(adapters, NoAdapters)
+    return add_lora(
+        model, r=adapters.r, alpha=adapters.alpha, dropout=adapters.dropout,
+        target_modules=adapters.target_modules, rslora=adapters.rslora,
+        dora=adapters.kind == "dora", quantized=isinstance(adapters, QLora),
+        seed=recipe.loop.seed,
+    )  # fmt: skip
+
+
+def model_folder(recipe: Recipe) -> str:
+    """Folder or hub name of a model that is no `tiny` one; fetches SmolLM2 if need be."""
+    if isinstance(recipe.model, SmolLM2):
+        return _smollm2_folder()
+    assert not isinstance(recipe.model, TinyModel)
+    return (
+        str(Path(recipe.model.path).expanduser())
+        if recipe.model.path[:1] in "./~"
+        else (recipe.model.path)
+    )
 
 
 def check_length(recipe: Recipe, model: Any) -> None:

@@ -2,6 +2,8 @@
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +27,22 @@ def write_model(model: Any, tokenizer: Any, target: Path, *, state: Any = None) 
     """`save_pretrained` into a temp folder, then into place."""
     from mnemic.models.int8 import dense_state
 
-    temp = target.with_name(f".tmp-{target.name}")
-    shutil.rmtree(temp, ignore_errors=True)
-    try:
-        temp.mkdir(parents=True)
+    with replace_folder(target) as temp:
         if state is None:
             # Int8 weights leave as dense ones of the model's dtype.
             state = dense_state(model)
         model.save_pretrained(temp, **({"state_dict": state} if state is not None else {}))
         tokenizer.save_pretrained(temp)
+
+
+@contextmanager
+def replace_folder(target: Path) -> Iterator[Path]:
+    """A temp folder to fill, which then takes `target`'s place; a failure leaves that alone."""
+    temp = target.with_name(f".tmp-{target.name}")
+    shutil.rmtree(temp, ignore_errors=True)
+    try:
+        temp.mkdir(parents=True)
+        yield temp
     except Exception as error:
         # safetensors, tokenizers and the file system each have a type for a failed write.
         shutil.rmtree(temp, ignore_errors=True)

@@ -22,7 +22,8 @@ log = logging.getLogger("mnemic")
 _FREE = (
     "name", "run_dir", "track", "evaluation", "data.on_bad_row", "loop.steps", "loop.epochs",
     "loop.save_every", "loop.keep_checkpoints", "loop.resume", "loop.micro_batch_size",
-    "loop.device", "loop.gradient_checkpointing",
+    "loop.device", "loop.gradient_checkpointing", "offload.ram_budget", "offload.activations",
+    "offload.direct", "offload.trace",
 )  # fmt: skip
 
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from mnemic.train.errors import UserError
+from mnemic.train.update import Update
 
 log = logging.getLogger("mnemic")
 
@@ -28,7 +29,48 @@ log = logging.getLogger("mnemic")
 _PARALLEL = ("param_names", "names")
 
 
-class InBackwardUpdate:
+class SingleSteps:
+    """An optimizer's own `step`, one parameter at a time: its groups hold that one for the call."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+        self.place = {
+            id(p): (number, position)
+            for number, group in enumerate(optimizer.param_groups)
+            for position, p in enumerate(group["params"])
+        }
+        self._group_changes: dict[int, dict[str, Any]] = {}
+
+    def group(self, param: Tensor) -> dict[str, Any]:
+        return self.optimizer.param_groups[self.place[id(param)][0]]
+
+    def step(self, param: Tensor) -> None:
+        """Step `param` by its gradient."""
+        groups = self.optimizer.param_groups
+        number, position = self.place[id(param)]
+        group = groups[number]
+        alone = {**group, "params": [param]}
+        for key in _PARALLEL:
+            if key in group:
+                alone[key] = [group[key][position]]
+        before = {k: v for k, v in alone.items() if k not in ("params", *_PARALLEL)}
+        self.optimizer.param_groups = [alone]
+        try:
+            self.optimizer.step()
+        finally:
+            self.optimizer.param_groups = groups
+        # Some optimizers count steps in the group: every tensor of a step must see the same count.
+        changes = {k: alone[k] for k, v in before.items() if alone[k] is not v}
+        self._group_changes.setdefault(number, {}).update(changes)
+
+    def finish(self) -> None:
+        """At the end of a step: what the optimizer changed in its groups becomes theirs."""
+        for number, changes in self._group_changes.items():
+            self.optimizer.param_groups[number].update(changes)
+        self._group_changes = {}
+
+
+class InBackwardUpdate(Update):
     """Steps `optimizer` from hooks on the gradients of `model`.
 
     `clip`: "none"; "layer" scales each tensor's gradient to a norm of at most `max_grad_norm`;
@@ -48,15 +90,10 @@ class InBackwardUpdate:
         self.names = [n for n, _ in named]
         self.parameters = [p for _, p in named]
         self._index = {id(p): i for i, p in enumerate(self.parameters)}
-        self._place = {
-            id(p): (number, position)
-            for number, group in enumerate(self.optimizer.param_groups)
-            for position, p in enumerate(group["params"])
-        }
+        self._steps = SingleSteps(self.optimizer)
         self._armed = False
         self._norms: dict[int, Tensor] = {}
         self._previous_norm: float | None = None
-        self._group_changes: dict[int, dict[str, Any]] = {}
         # The backward reaches the last parameters first.
         self._order = list(range(len(self.parameters)))[::-1]
         self._waiting: set[int] = set()
@@ -96,10 +133,9 @@ class InBackwardUpdate:
             self._flush()
         norms = [self._norms[i] for i in sorted(self._norms)]
         norm = float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0
-        for number, changes in self._group_changes.items():
-            self.optimizer.param_groups[number].update(changes)
+        self._steps.finish()
         bad = [self.names[i] for i in sorted(self._norms) if not self._norms[i].isfinite()]
-        self._norms, self._group_changes = {}, {}
+        self._norms = {}
         self._waiting, self._next = set(), 0
         if bad:
             raise UserError(
@@ -155,27 +191,8 @@ class InBackwardUpdate:
         elif self.clip == "previous_norm" and self._previous_norm:
             assert self.max_grad_norm is not None
             param.grad.mul_(min(1.0, self.max_grad_norm / (self._previous_norm + 1e-6)))
-        self._step_one(param)
+        self._steps.step(param)
         param.grad = None
-
-    def _step_one(self, param: Tensor) -> None:
-        """The optimizer's own step, with this parameter alone in its groups."""
-        groups = self.optimizer.param_groups
-        number, position = self._place[id(param)]
-        group = groups[number]
-        alone = {**group, "params": [param]}
-        for key in _PARALLEL:
-            if key in group:
-                alone[key] = [group[key][position]]
-        before = {k: v for k, v in alone.items() if k not in ("params", *_PARALLEL)}
-        self.optimizer.param_groups = [alone]
-        try:
-            self.optimizer.step()
-        finally:
-            self.optimizer.param_groups = groups
-        # Some optimizers count steps in the group: every tensor of a step must see the same count.
-        changes = {k: alone[k] for k, v in before.items() if alone[k] is not v}
-        self._group_changes.setdefault(number, {}).update(changes)
 
     def state_dict(self) -> dict[str, Any]:
         """The norm that the next step clips by."""

@@ -5,10 +5,10 @@ import logging
 import math
 import os
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mnemic.train.checkpoint import list_checkpoints, write_atomic
 from mnemic.train.errors import UserError
@@ -18,6 +18,10 @@ from mnemic.train.recipe.load import dump_recipe
 from mnemic.train.recipe.recipe import Recipe
 from mnemic.train.recipe.training import InBackwardUpdate as InBackwardPart
 from mnemic.train.recipe.training import Loop, WandbTracking
+from mnemic.train.recipe.training import StreamedUpdate as StreamedPart
+
+if TYPE_CHECKING:
+    from mnemic.train.offload.work import WorkFolders
 
 log = logging.getLogger("mnemic")
 
@@ -31,13 +35,34 @@ def run(recipe: Recipe, console: Any) -> dict[str, Any]:
         for note in check_data(recipe):
             log.info(note)
         start = folder.claim(recipe)
+    work = None
     try:
-        return _run(recipe, folder, start, console)
+        if isinstance(recipe.update, StreamedPart):
+            work = work_folders(recipe, folder.path)
+            work.claim()
+            from mnemic.train.offload.memory import settle_malloc
+
+            settle_malloc()
+        with ExitStack() as stack:
+            return _run(recipe, folder, start, console, work, stack)
     finally:
+        if work is not None:
+            work.release()
         folder.release()
 
 
-def _run(recipe: Recipe, folder: RunFolder, start: Path | None, console: Any) -> dict[str, Any]:
+def work_folders(recipe: Recipe, run_dir: Path) -> "WorkFolders":
+    """Where a streamed run's files lie."""
+    from mnemic.train.offload.work import WorkFolders
+
+    given = recipe.offload.path
+    return WorkFolders(run_dir, [given] if isinstance(given, str) else given or [])
+
+
+def _run(
+    recipe: Recipe, folder: RunFolder, start: Path | None, console: Any,
+    work: "WorkFolders | None", stack: ExitStack,
+) -> dict[str, Any]:  # fmt: skip
     began = time.perf_counter()
     # torch and transformers take seconds to import: not before the checks above.
     from accelerate import DistributedType
@@ -60,6 +85,7 @@ def _run(recipe: Recipe, folder: RunFolder, start: Path | None, console: Any) ->
     from mnemic.train.trainer import Trainer
     from mnemic.train.update import DeepSpeedUpdate, PlainUpdate
 
+    streamed: Any = None
     accelerator = make_accelerator(recipe.loop)
     if accelerator.num_processes > 1:
         from accelerate.utils import broadcast_object_list
@@ -78,7 +104,15 @@ def _run(recipe: Recipe, folder: RunFolder, start: Path | None, console: Any) ->
     # Rank 0 first: a model that must be fetched is fetched once.
     with accelerator.main_process_first():
         tokenizer = build_tokenizer(recipe)
-        model = build_model(recipe, tokenizer)
+        if work is None:
+            model = build_model(recipe, tokenizer)
+        else:
+            from mnemic.train.offload.run import StreamedRun
+
+            streamed = StreamedRun(recipe, tokenizer, accelerator.device, work)
+            stack.callback(streamed.close, folder.path)
+            streamed.load(start)
+            model = streamed.model
     check_length(recipe, model)
     total_steps = count_steps(recipe, tokenizer)
     streams = train_stream(recipe, tokenizer, quiet=not accelerator.is_main_process)
@@ -87,7 +121,10 @@ def _run(recipe: Recipe, folder: RunFolder, start: Path | None, console: Any) ->
             f"objective.packing=true: {type(model).__name__} lets packed rows see each other; "
             "set it to false"
         )
-    peak_optimizer = build_optimizer(recipe.optimizer, model, seed=recipe.loop.seed)
+    if streamed:
+        peak_optimizer = streamed.optimizer
+    else:
+        peak_optimizer = build_optimizer(recipe.optimizer, model, seed=recipe.loop.seed)
     in_backward = isinstance(recipe.update, InBackwardPart)
     if in_backward and num_batches > 1:
         log.warning(
@@ -96,7 +133,10 @@ def _run(recipe: Recipe, folder: RunFolder, start: Path | None, console: Any) ->
             num_batches, micro * num_batches,
         )  # fmt: skip
     # In-backward updates average over ranks themselves: no DDP wrapper, no buckets.
-    if in_backward:
+    if streamed:
+        # Its parameters have no memory that could be moved to the device.
+        optimizer = peak_optimizer
+    elif in_backward:
         model = accelerator.prepare_model(model, evaluation_mode=True)
         optimizer = accelerator.prepare_optimizer(peak_optimizer)
     else:
@@ -127,9 +167,11 @@ def _run(recipe: Recipe, folder: RunFolder, start: Path | None, console: Any) ->
             )
         )  # fmt: skip
     max_grad_norm = recipe.update.max_grad_norm
-    if isinstance(recipe.update, InBackwardPart):
+    if streamed:
+        update: Any = streamed.update(accelerator)
+    elif isinstance(recipe.update, InBackwardPart):
         clip = recipe.update.clip
-        update: Any = InBackwardUpdate(accelerator, model, optimizer, clip, max_grad_norm)
+        update = InBackwardUpdate(accelerator, model, optimizer, clip, max_grad_norm)
     elif accelerator.distributed_type == DistributedType.DEEPSPEED:
         update = DeepSpeedUpdate(accelerator, model, optimizer, num_batches)
     else:
@@ -142,7 +184,10 @@ def _run(recipe: Recipe, folder: RunFolder, start: Path | None, console: Any) ->
         precision=recipe.loop.precision, save_every=recipe.loop.save_every,
         keep_checkpoints=recipe.loop.keep_checkpoints,
     )  # fmt: skip
-    if start:
+    if streamed:
+        if streamed.resume(trainer, start):
+            log.info("resuming at step %d of %d", trainer.step, total_steps)
+    elif start:
         trainer.resume(start)
         log.info("resuming from %s (step %d of %d)", start, trainer.step, total_steps)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -176,7 +221,10 @@ def _run(recipe: Recipe, folder: RunFolder, start: Path | None, console: Any) ->
             # Nothing was left to do: the figures of the run that did it stand.
             return folder.read_summary() or summary
         _load_best(trainer, recipe, evaluation)
-        export_model(trainer, tokenizer, folder.final)
+        if streamed:
+            streamed.export(folder.final)
+        else:
+            export_model(trainer, tokenizer, folder.final)
         summary["exported"] = str(folder.final)
     if accelerator.is_main_process:
         write_atomic(folder.summary, json.dumps(summary, indent=1).encode())

@@ -84,6 +84,11 @@ class Trainer:
     def sharded(self) -> bool:
         return str(self.accelerator.distributed_type).rsplit(".", 1)[-1] in ("FSDP", "DEEPSPEED")
 
+    @property
+    def _apart(self) -> bool:
+        """Whether the optimizer's state is saved with the weights, by whoever holds them."""
+        return self.sharded or self.update.owns_weights
+
     def autocast(self) -> Any:
         """Context of every forward."""
         if self.precision != "bf16":
@@ -110,8 +115,11 @@ class Trainer:
                 row = self._train_step()
                 self._finish_row(row)
                 last = self.step >= self.total_steps or self.stop_reason is not None
+                last = last and not self.update.commits
                 if last or self.save_requested or self.step % self.save_every == 0:
                     self.save()
+                # After the checkpoint: a step that asked for one is not passed over without it.
+                self.update.commit(self)
         except BaseException as caught:
             error = caught
             raise
@@ -136,21 +144,10 @@ class Trainer:
         for group, peak in zip(self.optimizer.param_groups, self._peak_lr, strict=True):
             group["lr"] = peak * factor
         self.model.train()
-        sums: dict[str, float] = {}
-        loss_sum = torch.zeros((), device=self.accelerator.device)
         # DDP and FSDP average gradients over ranks; the loss is a sum over ranks.
         scale = self.accelerator.num_processes / total
         try:
-            for index, batch in enumerate(batches):
-                with self.update.batch(last=index == len(batches) - 1):
-                    with self.autocast():
-                        loss, counts = self.objective.loss(
-                            self.model, batch.to(self.accelerator.device)
-                        )
-                    self.update.backward(loss * scale)
-                loss_sum += loss.detach()
-                for key, value in {**batch.counts, **counts}.items():
-                    sums[key] = sums.get(key, 0.0) + value
+            loss_sum, sums = self.update.run(self, batches, scale)
             keys = sorted(sums)
             values = [float(loss_sum), float(self._signal is not None), *(sums[k] for k in keys)]
             loss_value, stopping, *totals = self.sum_over_ranks(values)
@@ -227,13 +224,18 @@ class Trainer:
             for callback in self.callbacks:
                 callback.before_save(self, self.step)
         state = self.state_dict()
-        tensors = {} if self.sharded else trained_tensors(self.module)
+        own = self.update.owns_weights
+        tensors = {} if self.sharded or own else trained_tensors(self.module)
         writer = CheckpointWriter(
-            self.checkpoints, self.step, needed_bytes=bytes_of(state) + bytes_of(tensors)
-        )
+            self.checkpoints, self.step,
+            needed_bytes=bytes_of(state) + bytes_of(tensors) + self.update.checkpoint_bytes,
+        )  # fmt: skip
         if not self.sharded:
             with writer as temp:
-                save_tensors(tensors, temp / "model.safetensors")
+                if own:
+                    self.update.write(temp)
+                else:
+                    save_tensors(tensors, temp / "model.safetensors")
                 torch.save(state, temp / "trainer.pt")
             return
         if self.is_main:
@@ -262,6 +264,8 @@ class Trainer:
             )
         if self.sharded:
             self.accelerator.load_state(str(path / "accelerate"))
+        elif self.update.owns_weights:
+            self.update.read(path)
         else:
             load_trained(self.module, path / "model.safetensors")
         if path.resolve().parent != self.checkpoints.resolve():
@@ -282,7 +286,7 @@ class Trainer:
             "protected_steps": sorted(self.protected_steps),
             "objective": self.objective.state_dict(),
             "update": self.update.state_dict(),
-            "optimizer": {} if self.sharded else self.optimizer.state_dict(),
+            "optimizer": {} if self._apart else self.optimizer.state_dict(),
             "callbacks": {c.name: c.state_dict() for c in self.callbacks if c.name},
         }
 
@@ -291,7 +295,7 @@ class Trainer:
         self.protected_steps = set(state["protected_steps"])
         self.objective.load_state_dict(state["objective"])
         self.update.load_state_dict(state.get("update", {}))
-        if not self.sharded:
+        if not self._apart:
             self.optimizer.load_state_dict(state["optimizer"])
         for callback in self.callbacks:
             if callback.name in state["callbacks"]:

@@ -2,19 +2,91 @@
 
 `PlainUpdate`: the whole backward first, then one optimizer step. `DeepSpeedUpdate`: the same by its
 engine. `InBackwardUpdate` (in_backward.py): inside the backward, tensor by tensor.
+`StreamedUpdate` (offload/update.py): the same, layer by layer, over weights that are not in memory.
 """
 
 import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mnemic.train.data.collate import Batch
 from mnemic.train.errors import UserError
 
 
-class PlainUpdate:
+class Update(ABC):
+    """Contract between the trainer and the ways from loss to weights. A streamed update
+    (offload/update.py) takes all batches of a step at once; the others go through `run` here.
+    """
+
+    owns_weights = False
+    """Whether weights and optimizer state live with the update, so that it saves them itself."""
+    commits = False
+    """Whether every step is made the state to resume from, so that the last needs no checkpoint."""
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """What `write` puts into a checkpoint folder."""
+        return 0
+
+    def write(self, folder: Path) -> None:
+        """Save weights and optimizer state, where `owns_weights`."""
+        raise AssertionError("the trainer saves this update's weights")
+
+    def read(self, folder: Path) -> None:
+        """Load them."""
+        raise AssertionError("the trainer saves this update's weights")
+
+    def run(
+        self, trainer: Any, batches: Sequence[Batch], scale: float
+    ) -> tuple[Tensor, dict[str, float]]:
+        """Forward and backward of a step's batches, each loss multiplied with `scale`; the sum of
+        losses before that, and of the counts.
+        """
+        device = trainer.accelerator.device
+        loss_sum = torch.zeros((), device=device)
+        sums: dict[str, float] = {}
+        for index, batch in enumerate(batches):
+            with self.batch(last=index == len(batches) - 1):
+                with trainer.autocast():
+                    loss, counts = trainer.objective.loss(trainer.model, batch.to(device))
+                self.backward(loss * scale)
+            loss_sum += loss.detach()
+            for key, value in {**batch.counts, **counts}.items():
+                sums[key] = sums.get(key, 0.0) + value
+        return loss_sum, sums
+
+    @abstractmethod
+    def backward(self, loss: Tensor) -> None:
+        """Gradients of one batch's loss."""
+
+    @abstractmethod
+    def batch(self, last: bool) -> Any:
+        """Context of one batch's forward and backward; `last` of the step."""
+
+    @abstractmethod
+    def finish(self, step: int) -> float | None:
+        """End a step: weights have changed when it returns. The gradient norm before clipping."""
+
+    def commit(self, trainer: Any) -> None:
+        """After each step and its row: make it the state to resume from, where that costs nothing
+        extra.
+        """
+        del trainer
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        del state
+
+
+class PlainUpdate(Update):
     """Accumulates gradients over a step's batches, clips by global norm, steps the optimizer.
 
     Accumulation is a sum: the trainer has divided each batch's loss by the weight of the whole
@@ -32,7 +104,6 @@ class PlainUpdate:
         self.accelerator.backward(loss)
 
     def batch(self, last: bool) -> Any:
-        """Context of one batch's forward and backward; `last` of the step."""
         return nullcontext() if last else self.accelerator.no_sync(self.model)
 
     def finish(self, step: int) -> float:
@@ -50,12 +121,6 @@ class PlainUpdate:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        del state
 
     def _norm(self) -> Tensor:
         grads = [p.grad for p in self.parameters if p.grad is not None]
@@ -76,7 +141,7 @@ class PlainUpdate:
         return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # type: ignore[attr-defined]
 
 
-class DeepSpeedUpdate:
+class DeepSpeedUpdate(Update):
     """The same under DeepSpeed, whose engine accumulates, clips and steps by its own counters.
 
     `num_batches` is the engine's gradient_accumulation_steps: it divides each loss by that number
@@ -98,9 +163,3 @@ class DeepSpeedUpdate:
         del step  # the engine skips non-finite steps and says so itself
         norm = self.engine.get_global_grad_norm()
         return None if norm is None else float(norm)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        del state

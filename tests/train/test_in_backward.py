@@ -91,13 +91,13 @@ def test_gradients_are_freed_on_the_way(tmp_path, monkeypatch):
     from mnemic.train.in_backward import InBackwardUpdate
 
     alive = []
-    step_one = InBackwardUpdate._step_one
+    apply = InBackwardUpdate._apply
 
-    def counting(self, param):
+    def counting(self, index):
         alive.append(sum(p.grad is not None for p in self.parameters))
-        step_one(self, param)
+        apply(self, index)
 
-    monkeypatch.setattr(InBackwardUpdate, "_step_one", counting)
+    monkeypatch.setattr(InBackwardUpdate, "_apply", counting)
     run(tmp_path / "one", "in_backward", model={"layers": 3}, loop={"steps": 2})
     assert len(alive) == 2 * 29 and max(alive) == 1
     gc.collect()

@@ -3,11 +3,36 @@ differs between methods.
 """
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from mnemic.train.data.collate import Batch
+from mnemic.train.data.tokenize import IGNORE
+
+
+@dataclass(frozen=True, slots=True)
+class TokenBatch:
+    """A model's `inputs`; the `columns` (C,) of positions whose next token is a target, None for
+    all but the last; `targets` (B, C) int64, `IGNORE` where there is none.
+    """
+
+    inputs: dict[str, Tensor]
+    columns: Tensor | None
+    targets: Tensor
+
+    def pick(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """The rows (N, H) of the hidden states (B, T, H) that the head sees, and their targets
+        (N,), `IGNORE` for some: the rows that the plain trainer's head sees, so that products of
+        the same shape are rounded alike.
+        """
+        if self.columns is None:
+            targets = F.pad(self.targets, (0, 1), value=IGNORE)
+        else:
+            hidden, targets = hidden[:, self.columns], self.targets
+        return hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
 
 
 class Objective(ABC):
@@ -26,6 +51,17 @@ class Objective(ABC):
         The trainer divides by the weights of all batches of all ranks, so any split of a global
         batch gives the same gradient as one forward over all of it.
         """
+
+    def tokens(self, batch: Batch) -> "TokenBatch":
+        """What a streamed model needs of `batch`: where log-probabilities are wanted. An objective
+        whose loss is no function of those does not offer it and is refused for streaming.
+        """
+        raise TypeError(f"{type(self).__name__} has no token log-probabilities")
+
+    def loss_of(self, logprobs: Tensor, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+        """`loss`, from the log-probabilities fp32 (N,) of the targets that `tokens` names."""
+        del batch
+        return -logprobs.sum(), {}
 
     def metrics(self) -> dict[str, float]:
         """Running numbers for the row of a step, such as bad rows so far."""

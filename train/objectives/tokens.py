@@ -12,7 +12,7 @@ from mnemic.train.data.collate import Batch, collate
 from mnemic.train.data.rows import BadRows
 from mnemic.train.data.stream import Stage, take
 from mnemic.train.data.tokenize import IGNORE, Example
-from mnemic.train.objectives.base import Objective
+from mnemic.train.objectives.base import Objective, TokenBatch
 
 
 class TokenObjective(Objective):
@@ -48,6 +48,9 @@ class TokenObjective(Objective):
     def loss(self, model: Any, batch: Batch) -> tuple[Tensor, dict[str, float]]:
         return token_loss(model, batch), {}
 
+    def tokens(self, batch: Batch) -> TokenBatch:
+        return token_batch(batch)
+
     def metrics(self) -> dict[str, float]:
         found = {"data/bad_rows": self.bad.count, "data/truncated_rows": self.bad.truncated}
         return {key: float(value) for key, value in found.items() if value}
@@ -70,20 +73,30 @@ def base_of(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def token_batch(batch: Batch, *, all_columns: bool = False) -> TokenBatch:
+    """The batch's model inputs and targets; `all_columns` where the model cannot leave any out."""
+    inputs = {k: v for k, v in batch.tensors.items() if k not in ("labels", "logit_columns")}
+    targets = batch.tensors["labels"][:, 1:]
+    columns = None if all_columns else batch.tensors.get("logit_columns")
+    return TokenBatch(inputs, columns, targets if columns is None else targets[:, columns])
+
+
 def token_loss(model: Any, batch: Batch) -> Tensor:
     """Sum of the next-token cross-entropies at labelled tokens, fp32.
 
     The head runs only at columns in which some row has a target (exact: other logits have no
     gradient), so a batch of long prompts and short completions never holds (B, T, V) logits.
     """
-    inputs = {k: v for k, v in batch.tensors.items() if k not in ("labels", "logit_columns")}
-    targets = batch.tensors["labels"][:, 1:]
-    columns = batch.tensors.get("logit_columns")
-    if columns is not None and _accepts_logits_to_keep(type(base_of(model))):
-        logits = model(**inputs, use_cache=False, logits_to_keep=columns).logits
-        targets = targets[:, columns]
+    streamer = getattr(base_of(model), "streamer", None)
+    if streamer is not None:
+        return -streamer.logprobs(token_batch(batch)).sum()
+    keeps = _accepts_logits_to_keep(type(base_of(model)))
+    found = token_batch(batch, all_columns=not keeps)
+    targets = found.targets
+    if found.columns is not None:
+        logits = model(**found.inputs, use_cache=False, logits_to_keep=found.columns).logits
     else:
-        logits = model(**inputs, use_cache=False).logits[:, :-1]
+        logits = model(**found.inputs, use_cache=False).logits[:, :-1]
     return F.cross_entropy(
         logits.reshape(-1, logits.shape[-1]).float(),
         targets.reshape(-1),

@@ -7,6 +7,8 @@ from pydantic import Field, model_validator
 from mnemic.train.recipe.base import Part
 from mnemic.train.recipe.data import Data, TextData
 from mnemic.train.recipe.model import Adapters, Model, NoAdapters, TinyModel
+from mnemic.train.recipe.offload import NoOffload, Offload
+from mnemic.train.recipe.offload_check import check_offload
 from mnemic.train.recipe.optimizer import Optimizer
 from mnemic.train.recipe.training import (
     Evaluation,
@@ -40,6 +42,8 @@ class Recipe(Part):
     """How gradients become steps."""
     update: Update = PlainUpdate()
     """When gradients become weights."""
+    offload: Offload = NoOffload()
+    """Where weights, optimizer states and saved activations lie."""
     loop: Loop
     """How long, how much at once, what is kept."""
     evaluation: Evaluation | None = None
@@ -87,6 +91,9 @@ class Recipe(Part):
                     f"optimizer.kind={self.optimizer.kind} cannot change int8 weights; set it to "
                     "apollo or apollo_mini, or model.weights=full"
                 )
+        problems += check_offload(
+            self.model, self.adapters, self.optimizer, self.update, self.offload
+        )
         if problems:
             raise ValueError("\n".join(problems))
         return self

@@ -70,12 +70,38 @@ class InBackwardUpdate(Part):
         return self
 
 
+class StreamedUpdate(Part):
+    """One layer in memory at a time, read from `offload`; each gradient is used inside the backward
+    and freed. Several micro-batches run layer by layer, so accumulation costs no gradient memory.
+    """
+
+    kind: Literal["streamed"] = "streamed"
+    clip: Literal["none", "layer", "previous_norm", "speculative", "exact_spill"] = "none"
+    """none; each tensor by its own norm; all by the norm of the step before; speculative: step
+    unclipped, and take the step back and do it again where the norm was too large; exact_spill:
+    write gradients to disk, step when their norm is known. The last two are exact.
+    """
+    max_grad_norm: float | None = Field(default=None, gt=0)
+    """The norm to clip to, with `clip` other than none."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "StreamedUpdate":
+        if self.clip == "none" and self.max_grad_norm is not None:
+            raise ValueError(
+                f"max_grad_norm={self.max_grad_norm} has no effect with clip=none; set clip to "
+                "speculative or exact_spill (exact), layer or previous_norm"
+            )
+        if self.clip != "none" and self.max_grad_norm is None:
+            raise ValueError(f"clip={self.clip} needs max_grad_norm, such as 1.0")
+        return self
+
+
 def _plain_unless_said(value: Any) -> Any:
     return {"kind": "plain", **value} if isinstance(value, dict) else value
 
 
 Update = Annotated[
-    PlainUpdate | InBackwardUpdate,
+    PlainUpdate | InBackwardUpdate | StreamedUpdate,
     Field(discriminator="kind"),
     # `update: {max_grad_norm: 0.5}` is the plain update's.
     BeforeValidator(_plain_unless_said),

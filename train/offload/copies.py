@@ -1,0 +1,102 @@
+"""The store as one file in a checkpoint folder, and back: a copy, shared blocks where the file
+system can (reflink: Btrfs, XFS), never more than two units in memory.
+
+`offload.bin` holds the current extent of each piece, one after the other: a store of one extent a
+piece, which a model can also be run from.
+"""
+
+import fcntl
+import struct
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mnemic.train.errors import UserError
+from mnemic.train.offload.files import SsdFile
+from mnemic.train.offload.io import UNIT, Io
+from mnemic.train.offload.memory import aligned_buffer, bytes_of
+from mnemic.train.offload.store import Piece, Plan, Store
+
+DATA, INDEX = "offload.bin", "offload.pt"
+_FICLONERANGE = 0x4020940D
+
+
+def single(plan: Plan) -> Plan:
+    return Plan([Piece(p.name, p.nbytes, 1) for p in plan.pieces.values()])
+
+
+def save_store(store: Store, folder: Path) -> None:
+    """Write `offload.bin` and `offload.pt` (which pieces are in it, their checksums)."""
+    store.flush()
+    plan = single(store.plan)
+    target = SsdFile(folder / DATA, plan.sizes[0])
+    try:
+        buffer = aligned_buffer(UNIT)
+        for name in plan.pieces:
+            if not store.written(name):
+                continue
+            source = store.plan.units[name][store.current[name]]
+            for unit, to in zip(source, plan.units[name][0], strict=True):
+                backend = store.io.backends[unit.directory]
+                if _clone(backend, unit.offset, unit.length, target, to.offset):
+                    continue
+                part = buffer[: unit.length]
+                store.io.read([unit], part).wait()
+                target.write(to.offset, bytes_of(part))
+        target.sync()
+    finally:
+        target.close()
+    torch.save(
+        {
+            "plan": plan.digest(), "written": [n for n in plan.pieces if store.written(n)],
+            "crc32": store.checksums,
+        },
+        folder / INDEX,
+    )  # fmt: skip
+
+
+def _clone(backend: Any, offset: int, length: int, target: SsdFile, to: int) -> bool:
+    """Share blocks with the target; False where the file system does not."""
+    fd = getattr(backend, "fd", None)
+    if fd is None:
+        return False
+    try:
+        request = struct.pack("qQQQ", fd, offset, length, to)
+        fcntl.ioctl(target.fd, _FICLONERANGE, request)
+    except OSError:
+        return False
+    return True
+
+
+def open_copy(folder: Path, plan: Plan, *, trace: Any = None) -> Store:
+    """The copy as a store to read from. `plan` is that of the store it was made of."""
+    flat = single(plan)
+    found = torch.load(folder / INDEX, map_location="cpu", weights_only=True)
+    if found["plan"] != flat.digest():
+        raise UserError(
+            f"{folder}: holds a model or optimizer of another shape; resume with the recipe that "
+            "wrote it"
+        )
+    store = Store(flat, Io([SsdFile(folder / DATA, flat.sizes[0])], trace), None)
+    store.current |= dict.fromkeys(found["written"], 0)
+    store.committed = dict(store.current)
+    store.checksums = dict(found["crc32"])
+    return store
+
+
+def restore_store(store: Store, folder: Path) -> None:
+    """Copy a checkpoint into `store`; what it does not hold becomes zeros."""
+    source = open_copy(folder, store.plan)
+    try:
+        for name in store.plan.pieces:
+            if not source.written(name):
+                store.current[name] = -1
+                store.checksums.pop(name, None)
+                continue
+            buffer = aligned_buffer(store.plan.pieces[name].padded)
+            source.read(name, buffer).wait()
+            store.write(name, buffer).wait()
+        store.flush()
+    finally:
+        source.close()
