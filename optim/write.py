@@ -10,6 +10,7 @@ for m + n random numbers in place of m * n; and a shard draws only its own rows.
 
 from collections.abc import Callable
 from functools import cache
+from threading import get_ident
 from types import FunctionType
 from typing import Any
 
@@ -44,6 +45,46 @@ def round_to_bf16_(target: Tensor, exact: Tensor, row: Tensor, col: Tensor) -> N
     # magnitude being apart makes it right for both signs.
     bits = exact.view(torch.int32).add_(row ^ col).bitwise_right_shift_(16)
     target.view(torch.int16).copy_(bits)
+
+
+@cache
+def _scratch(name: str, dtype: torch.dtype, thread: int) -> Tensor:
+    """Lasting memory for a chunk: a fresh temporary each time costs its page faults again."""
+    del name, thread
+    return torch.empty(2 * _CHUNK, dtype=dtype)
+
+
+def _chunk_of(name: str, dtype: torch.dtype, like: Tensor) -> Tensor:
+    size = like.numel()
+    if like.device.type != "cpu" or size > 2 * _CHUNK:
+        return torch.empty(like.shape, dtype=dtype, device=like.device)
+    return _scratch(name, dtype, get_ident())[:size].view(like.shape)
+
+
+def norm_fp32(x: Tensor) -> Tensor:
+    """The 2-norm of `x`, summed in fp32 without an fp32 copy of a narrower `x`."""
+    if x.dtype in (torch.float32, torch.float64):
+        return torch.linalg.vector_norm(x)
+    parts = x.reshape(-1).split(_CHUNK) if x.device.type == "cpu" else (x,)
+    norms = [torch.linalg.vector_norm(_chunk_of("a", torch.float32, p).copy_(p)) for p in parts]
+    return torch.linalg.vector_norm(torch.stack(norms))
+
+
+def _write_chunk(
+    weight: Tensor, grad: Tensor, factor: Tensor, keep: float | None,
+    row: Tensor | None, col: Tensor | None,
+) -> None:  # fmt: skip
+    """`_write` for narrow weights on a CPU, without temporaries."""
+    exact = _chunk_of("a", torch.float32, weight).copy_(weight)
+    if keep is not None:
+        exact.mul_(keep)
+    exact.addcmul_(_chunk_of("b", torch.float32, grad).copy_(grad), factor)
+    if row is None or col is None:
+        weight.copy_(exact)
+        return
+    noise = torch.bitwise_xor(row, col, out=_chunk_of("c", torch.int32, weight))
+    bits = exact.view(torch.int32).add_(noise).bitwise_right_shift_(16)
+    weight.view(torch.int16).copy_(bits)
 
 
 def _write(
@@ -113,7 +154,8 @@ def write(
     step = max(1, _CHUNK * length // weight.numel()) if on_cpu else length
     for first in range(0, length, step):
         part = slice(first, first + step)
-        _write(
+        narrow = on_cpu and weight.dtype not in (torch.float32, torch.float64)
+        (_write_chunk if narrow else _write)(
             weight[part], grad[part], factor if factor.shape[0] == 1 else factor[part], kept,
             None if row is None else row[part], col,
         )  # fmt: skip

@@ -10,6 +10,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="mnemic-datasets-")
 os.environ["WANDB_SILENT"] = "true"
+# Tiny models: threads that wait for each other cost more than they bring, above all beside others.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 for name in ("WANDB_MODE", "WANDB_API_KEY", "MNEMIC_RANK"):
     os.environ.pop(name, None)
 

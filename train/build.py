@@ -1,6 +1,7 @@
 """From recipe parts to objects: tokenizer, model, optimizer, callbacks. One function a part."""
 
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,12 @@ def build_model(recipe: Recipe, tokenizer: Any) -> Any:
         enable = getattr(
             model, "activation_checkpointing_enable", model.gradient_checkpointing_enable
         )
-        enable({"use_reentrant": False})
+        # With parameters on NVMe, DeepSpeed 0.19 gives wrong gradients without a word when a layer
+        # is recomputed non-reentrantly.
+        reentrant = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+        if reentrant and not isinstance(adapters, NoAdapters):
+            model.enable_input_require_grads()
+        enable({"use_reentrant": reentrant})
     return model
 
 
@@ -119,11 +125,8 @@ def model_folder(recipe: Recipe) -> str:
     if isinstance(recipe.model, SmolLM2):
         return _smollm2_folder()
     assert not isinstance(recipe.model, TinyModel)
-    return (
-        str(Path(recipe.model.path).expanduser())
-        if recipe.model.path[:1] in "./~"
-        else (recipe.model.path)
-    )
+    local = Path(recipe.model.path).expanduser()
+    return str(local) if local.exists() else recipe.model.path
 
 
 def check_length(recipe: Recipe, model: Any) -> None:

@@ -1,15 +1,11 @@
 """Trained weights as plain HF or PEFT folders, and trained models back from run folders."""
 
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mnemic.train.checkpoint import fsync_folder, list_checkpoints, verify
+from mnemic.train.checkpoint import list_checkpoints, verify
 from mnemic.train.errors import UserError
-from mnemic.train.folder import open_run
+from mnemic.train.folder import open_run, replace_folder
 from mnemic.train.recipe.recipe import Recipe
 
 
@@ -35,45 +31,40 @@ def write_model(model: Any, tokenizer: Any, target: Path, *, state: Any = None) 
         tokenizer.save_pretrained(temp)
 
 
-@contextmanager
-def replace_folder(target: Path) -> Iterator[Path]:
-    """A temp folder to fill, which then takes `target`'s place; a failure leaves that alone."""
-    temp = target.with_name(f".tmp-{target.name}")
-    shutil.rmtree(temp, ignore_errors=True)
-    try:
-        temp.mkdir(parents=True)
-        yield temp
-    except Exception as error:
-        # safetensors, tokenizers and the file system each have a type for a failed write.
-        shutil.rmtree(temp, ignore_errors=True)
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise UserError(f"the model could not be exported to {target}: {reason}") from error
-    if target.exists():
-        shutil.rmtree(target)
-    os.rename(temp, target)
-    fsync_folder(target.parent)
-
-
-def load_run(run_dir: str, checkpoint: str | None = None) -> tuple[Any, Any, Recipe]:
-    """(model, tokenizer, recipe) of a run: its final export, else its newest (or the given)
-    checkpoint.
+def load_run(
+    run_dir: str, checkpoint: str | None = None, *, in_memory: bool = False
+) -> tuple[Any, Any, Recipe]:
+    """(model, tokenizer, recipe) of a run at its newest (or the given) checkpoint, a streamed one
+    at its last commit. A streamed model stays where it is, unless `in_memory` (adapters only).
     """
     from mnemic.train.build import build_model, build_tokenizer
     from mnemic.train.state import load_trained
 
     folder, recipe = open_run(run_dir)
+    streamed = recipe.update.kind == "streamed"
+    full = recipe.adapters.kind == "none"
     source = Path(checkpoint) if checkpoint else None
+    given = source is not None
     if source is None:
         found = list_checkpoints(folder.checkpoints)
         best = (folder.read_summary() or {}).get("best_step")
         wants_best = recipe.evaluation is not None and recipe.evaluation.export_best
         steps = dict(found)
         if wants_best and folder.final.is_dir() and best in steps:
-            source = steps[best]
+            source, given = steps[best], True
         elif found:
             source = found[-1][1]
-        else:
+        elif not (streamed and full):
             raise UserError(f"{run_dir}: has no checkpoint yet; train it first")
+    if streamed and not in_memory:
+        from mnemic.train.offload.run import load_streamed
+
+        tokenizer = build_tokenizer(recipe)
+        loaded = load_streamed(recipe, tokenizer, folder.path, source, given=given)
+        loaded.model.eval()
+        loaded.model.streamed = loaded  # stays open as long as the model is there
+        return loaded.model, tokenizer, recipe
+    assert source is not None
     verify(source)
     if not (source / "model.safetensors").is_file():
         raise UserError(
@@ -91,19 +82,29 @@ def export_run(run_dir: str, target: str, *, checkpoint: str | None, merge: bool
     out = Path(target)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: exists already; give a new folder")
-    model, tokenizer, recipe = load_run(run_dir, checkpoint)
+    _, recipe = open_run(run_dir)
+    if merge and recipe.adapters.kind == "none":
+        raise UserError(
+            "--merge: this run trained the model itself, there are no adapters to merge"
+        )
+    low_bit = recipe.adapters.kind == "qlora" or getattr(recipe.offload, "base", "full") != "full"
+    if merge and low_bit:
+        raise UserError(
+            "--merge: a base in few bits cannot take the adapter exactly; "
+            "export the adapter and merge it into the full-precision model"
+        )
+    model, tokenizer, recipe = load_run(run_dir, checkpoint, in_memory=merge)
     if merge:
-        if recipe.adapters.kind == "none":
-            raise UserError(
-                "--merge: this run trained the model itself, there are no adapters to merge"
-            )
-        if recipe.adapters.kind == "qlora":
-            raise UserError(
-                "--merge: a 4-bit base cannot take the adapter exactly; "
-                "export the adapter and merge it into the full-precision model"
-            )
         model = model.merge_and_unload()
     if out.is_dir():
         out.rmdir()
+    streamed = getattr(model, "streamed", None)
+    if streamed is not None and recipe.adapters.kind == "none":
+        from mnemic.train.offload.run import export_engine
+
+        with replace_folder(out) as temp:
+            export_engine(streamed.engine, model, temp)
+            tokenizer.save_pretrained(temp)
+        return out
     write_model(model, tokenizer, out)
     return out

@@ -8,10 +8,13 @@ generations at evaluations   summary.json  what the run reached
 import json
 import logging
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mnemic.train.checkpoint import list_checkpoints, write_atomic
+from mnemic.train.checkpoint import fsync_folder, list_checkpoints, write_atomic
 from mnemic.train.errors import UserError
 from mnemic.train.recipe.load import dump_recipe, read_yaml, to_yaml
 from mnemic.train.recipe.recipe import Recipe
@@ -154,3 +157,22 @@ def open_run(path: str) -> tuple[RunFolder, Recipe]:
             f"{path}: not a run folder (no recipe.yaml); give the run_dir of a finished run"
         )
     return folder, build_recipe(read_yaml(folder.recipe), source=str(folder.recipe))
+
+
+@contextmanager
+def replace_folder(target: Path) -> Iterator[Path]:
+    """A temp folder to fill, which then takes `target`'s place; a failure leaves that alone."""
+    temp = target.with_name(f".tmp-{target.name}")
+    shutil.rmtree(temp, ignore_errors=True)
+    try:
+        temp.mkdir(parents=True)
+        yield temp
+    except Exception as error:
+        # safetensors, tokenizers and the file system each have a type for a failed write.
+        shutil.rmtree(temp, ignore_errors=True)
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise UserError(f"the model could not be exported to {target}: {reason}") from error
+    if target.exists():
+        shutil.rmtree(target)
+    os.rename(temp, target)
+    fsync_folder(target.parent)

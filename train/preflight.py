@@ -2,6 +2,7 @@
 anything heavy.
 """
 
+import logging
 import os
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from mnemic.train.objectives.check import check_row
 from mnemic.train.recipe.data import Data, HubData, ParquetData
 from mnemic.train.recipe.recipe import Recipe
 from mnemic.train.recipe.training import WandbTracking
+
+log = logging.getLogger("mnemic")
 
 LIMIT_BYTES = 64 << 20
 """Files are checked whole up to this size, and to this many bytes beyond it."""
@@ -84,6 +87,8 @@ def check_environment(recipe: Recipe) -> None:
         )
     check_optimizer(recipe.optimizer.kind)
     engines = [e for e in ("FSDP", "DEEPSPEED") if os.environ.get(f"ACCELERATE_USE_{e}") == "true"]
+    if recipe.update.kind == "streamed":
+        check_streamed(recipe, engines)
     if recipe.update.kind == "in_backward" and engines:
         raise UserError(
             "update.kind=in_backward works on one device or with whole copies on several; set "
@@ -102,6 +107,20 @@ def check_environment(recipe: Recipe) -> None:
             raise UserError(
                 f"model.path: {path} has no config.json; give a folder save_pretrained wrote"
             )
+
+
+def check_streamed(recipe: Recipe, engines: list[str]) -> None:
+    """What a streamed run cannot be launched with, and what has no effect on it."""
+    if engines or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(
+            "update.kind=streamed trains on one device; launch one process, or set "
+            "update.kind=plain and shard by recipes/accelerate/fsdp2.yaml or zero3_nvme.yaml"
+        )
+    if recipe.loop.gradient_checkpointing:
+        log.warning(
+            "loop.gradient_checkpointing has no effect with update.kind=streamed, which keeps "
+            "layer inputs only"
+        )
 
 
 _FSDP2 = ("adamw", "sgd", "apollo", "apollo_mini")
@@ -127,6 +146,8 @@ def check_optimizer(kind: str) -> None:
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" and kind != "adamw":
         # SGD survives ZeRO itself, not the offload.
         offload = os.environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "none")
+        if os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE"):
+            offload = "in a file of its own"
         if kind != "sgd" or offload != "none":
             raise UserError(
                 f"{key} does not work under DeepSpeed, which flattens parameters and, where it "
@@ -144,6 +165,19 @@ def check_optimizer(kind: str) -> None:
                 f"{key} needs the rows of a matrix, and FSDP 1 flattens them; launch with "
                 "fsdp_version: 2 in the accelerate configuration, or with DDP"
             )
+
+
+def check_resume(start: Path | None) -> None:
+    """Whether the engine that was launched can go on from a checkpoint."""
+    config = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "")
+    if start is None or not config or not Path(config).is_file():
+        return
+    if '"nvme"' in Path(config).read_text("utf-8"):
+        raise UserError(
+            f"{start}: DeepSpeed does not restore the optimizer states that it keeps on NVMe, so a "
+            "resumed run would be another run; choose another run_dir, or launch with "
+            "zero3_cpu.yaml, which resumes"
+        )
 
 
 def is_main_process() -> bool:

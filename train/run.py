@@ -13,7 +13,12 @@ from typing import TYPE_CHECKING, Any
 from mnemic.train.checkpoint import list_checkpoints, write_atomic
 from mnemic.train.errors import UserError
 from mnemic.train.folder import RunFolder
-from mnemic.train.preflight import check_data, check_environment, is_main_process
+from mnemic.train.preflight import (
+    check_data,
+    check_environment,
+    check_resume,
+    is_main_process,
+)
 from mnemic.train.recipe.load import dump_recipe
 from mnemic.train.recipe.recipe import Recipe
 from mnemic.train.recipe.training import InBackwardUpdate as InBackwardPart
@@ -37,11 +42,13 @@ def run(recipe: Recipe, console: Any) -> dict[str, Any]:
         start = folder.claim(recipe)
     work = None
     try:
+        check_resume(start)
         if isinstance(recipe.update, StreamedPart):
+            from mnemic.train.offload.memory import settle_malloc
+            from mnemic.train.offload.work import work_folders
+
             work = work_folders(recipe, folder.path)
             work.claim()
-            from mnemic.train.offload.memory import settle_malloc
-
             settle_malloc()
         with ExitStack() as stack:
             return _run(recipe, folder, start, console, work, stack)
@@ -49,14 +56,6 @@ def run(recipe: Recipe, console: Any) -> dict[str, Any]:
         if work is not None:
             work.release()
         folder.release()
-
-
-def work_folders(recipe: Recipe, run_dir: Path) -> "WorkFolders":
-    """Where a streamed run's files lie."""
-    from mnemic.train.offload.work import WorkFolders
-
-    given = recipe.offload.path
-    return WorkFolders(run_dir, [given] if isinstance(given, str) else given or [])
 
 
 def _run(
@@ -81,6 +80,7 @@ def _run(
     from mnemic.train.in_backward import InBackwardUpdate
     from mnemic.train.objectives.build import train_stream
     from mnemic.train.objectives.tokens import TokenObjective, keeps_packed_rows_apart
+    from mnemic.train.offload.saved import saved_activations
     from mnemic.train.optimizers import build_optimizer
     from mnemic.train.trainer import Trainer
     from mnemic.train.update import DeepSpeedUpdate, PlainUpdate
@@ -176,6 +176,8 @@ def _run(
         update = DeepSpeedUpdate(accelerator, model, optimizer, num_batches)
     else:
         update = PlainUpdate(accelerator, model, optimizer, max_grad_norm)
+    if not streamed:
+        update.saving = saved_activations(recipe, model, accelerator, folder.path, stack)
     trainer = Trainer(
         accelerator=accelerator, model=model, optimizer=optimizer, objective=objective,
         update=update,
@@ -186,7 +188,7 @@ def _run(
     )  # fmt: skip
     if streamed:
         if streamed.resume(trainer, start):
-            log.info("resuming at step %d of %d", trainer.step, total_steps)
+            log.info("resuming from its last commit (step %d of %d)", trainer.step, total_steps)
     elif start:
         trainer.resume(start)
         log.info("resuming from %s (step %d of %d)", start, trainer.step, total_steps)
@@ -271,6 +273,8 @@ def make_accelerator(loop: Loop) -> Any:
 
     sharded = any(os.environ.get(f"ACCELERATE_USE_{e}") == "true" for e in ("FSDP", "DEEPSPEED"))
     cpu = loop.device == "cpu" or not torch.accelerator.is_available()
+    # Told to take the CPU, accelerate leaves DeepSpeed out without a word.
+    cpu = cpu and os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true"
     return Accelerator(
         cpu=cpu,
         mixed_precision="bf16" if sharded and loop.precision == "bf16" else "no",

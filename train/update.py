@@ -7,8 +7,8 @@ engine. `InBackwardUpdate` (in_backward.py): inside the backward, tensor by tens
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ class Update(ABC):
     """Whether weights and optimizer state live with the update, so that it saves them itself."""
     commits = False
     """Whether every step is made the state to resume from, so that the last needs no checkpoint."""
+    saving: Callable[[], AbstractContextManager[Any]] = nullcontext
+    """Context of each forward in `run`: where what the backward needs waits for it."""
 
     @property
     def checkpoint_bytes(self) -> int:
@@ -53,7 +55,7 @@ class Update(ABC):
         sums: dict[str, float] = {}
         for index, batch in enumerate(batches):
             with self.batch(last=index == len(batches) - 1):
-                with trainer.autocast():
+                with trainer.autocast(), self.saving():
                     loss, counts = trainer.objective.loss(trainer.model, batch.to(device))
                 self.backward(loss * scale)
             loss_sum += loss.detach()

@@ -2,8 +2,10 @@
 
 import logging
 import shutil
+from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,13 @@ from mnemic.optim.apollo import Apollo
 from mnemic.optim.groups import decay_groups
 from mnemic.train.build import add_adapters, model_folder
 from mnemic.train.errors import UserError
+from mnemic.train.offload.activations import layer_inputs
+from mnemic.train.offload.copies import DATA, adopt
 from mnemic.train.offload.engine import Engine, Layout, Settings, lay_out
+from mnemic.train.offload.files import SsdFile
 from mnemic.train.offload.io import Trace
 from mnemic.train.offload.skeleton import dissect, tie, without_weights
+from mnemic.train.offload.store import Plan
 from mnemic.train.offload.transfer import (
     Reader,
     local_folder,
@@ -86,9 +92,12 @@ def skeleton(recipe: Recipe, tokenizer: Any, device: torch.device) -> Any:
 
 
 def streamed(
-    recipe: Recipe, tokenizer: Any, device: torch.device, folders: tuple[Path, ...] = ()
-) -> Streamed:
-    """Everything that can be known without allocating: what `mnemic plan` and a run both need."""
+    recipe: Recipe, tokenizer: Any, device: torch.device, folders: tuple[Path, ...] = (),
+    *, copy: bool = False,
+) -> Streamed:  # fmt: skip
+    """Everything that can be known without allocating: what `mnemic plan` and a run both need.
+    `copy`: laid out as a checkpoint's copy of the store.
+    """
     assert isinstance(recipe.update, StreamedPart) and not isinstance(recipe.offload, NoOffload)
     offload, full = recipe.offload, isinstance(recipe.adapters, NoAdapters)
     model = skeleton(recipe, tokenizer, device)
@@ -98,7 +107,10 @@ def streamed(
     settings = Settings(
         kind=offload.kind, folders=folders, ram_budget=offload.ram_budget, states=offload.states,
         direct=getattr(offload, "direct", True), clip=recipe.update.clip if full else "none",
+        base=getattr(offload, "base", "full"), single=copy,
     )  # fmt: skip
+    if copy:
+        settings = replace(settings, clip="none", kind="ssd")
     part, seed = recipe.optimizer, recipe.loop.seed
     if full and isinstance(part, AdamW):
         groups = [{**g, "rule": "adamw"} for g in decay_groups(model, part.weight_decay)]
@@ -120,23 +132,41 @@ def build_engine(
     plan = streamed(recipe, tokenizer, device, folders)
     if folders:
         _check_room(plan, folders)
-
-    def autocast() -> Any:
-        if recipe.loop.precision != "bf16":
-            return nullcontext()
-        # Cached casts would outlive the weights they are of.
-        return torch.autocast(device.type, dtype=torch.bfloat16, cache_enabled=False)
-
+    assert not isinstance(recipe.offload, NoOffload)
+    inputs = layer_inputs(
+        recipe.offload, work.paths[0] if work is not None else None, device, trace=trace,
+        num_layers=len(plan.layout.blocks), resident=sum(plan.layout.resident().values()),
+    )  # fmt: skip
     engine = Engine(
         plan.layout, plan.settings, folder=folders[0] if folders else None, names=plan.names,
-        device=device, autocast=autocast, trace=trace,
+        device=device, autocast=_autocast(recipe, device), trace=trace, inputs=inputs,
     )  # fmt: skip
     return plan, engine
 
 
-def _check_room(plan: Streamed, folders: tuple[Path, ...]) -> None:
-    from mnemic.train.offload.store import Plan
+def open_copy(
+    recipe: Recipe, tokenizer: Any, device: torch.device, checkpoint: Path
+) -> tuple[Streamed, Engine]:
+    """A model run from the copy in a checkpoint folder."""
+    plan = streamed(recipe, tokenizer, device, (checkpoint,), copy=True)
+    flat = Plan(plan.layout.pieces)
+    engine = Engine(
+        plan.layout, plan.settings, folder=None, names=plan.names, device=device,
+        autocast=_autocast(recipe, device), backends=[SsdFile(checkpoint / DATA, flat.sizes[0])],
+    )  # fmt: skip
+    adopt(engine.store, checkpoint)
+    engine.reload()
+    return plan, engine
 
+
+def _autocast(recipe: Recipe, device: torch.device) -> Callable[[], Any]:
+    if recipe.loop.precision != "bf16":
+        return nullcontext
+    # Cached casts would outlive the weights they are of.
+    return partial(torch.autocast, device.type, dtype=torch.bfloat16, cache_enabled=False)
+
+
+def _check_room(plan: Streamed, folders: tuple[Path, ...]) -> None:
     sizes = Plan(plan.layout.pieces, len(folders)).sizes
     for folder, size in zip(folders, sizes, strict=True):
         have = (folder / "data.bin").stat().st_size if (folder / "data.bin").exists() else 0

@@ -9,11 +9,13 @@ On an accelerator each slot has a device buffer beside its host buffer; the cont
 the slot is taken (`acquire`) and when it is written back.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from mnemic.train.offload.codec import Codec
 from mnemic.train.offload.io import Transfer
 from mnemic.train.offload.memory import aligned_buffer
 from mnemic.train.offload.store import Store
@@ -40,20 +42,28 @@ class Cache:
     """`slots` buffers of `nbytes` over pieces of `store`, none of which is larger.
 
     `device`: where `acquire` gives the content; `copy_to_device` makes that a second buffer even on
-    the CPU, so that tests reach the path.
+    the CPU, so that tests reach the path. `codecs`: pieces that are stored in another form.
     """
 
     def __init__(
         self, store: Store, nbytes: int, slots: int,
         device: torch.device | str = "cpu", copy_to_device: bool | None = None,
+        codecs: Mapping[str, Codec] | None = None,
     ) -> None:  # fmt: skip
-        self.store, self.device = store, torch.device(device)
+        self.store, self.device, self.codecs = store, torch.device(device), codecs or {}
         self.apart = self.device.type != "cpu" if copy_to_device is None else copy_to_device
+        stored = nbytes
+        if self.codecs:
+            # What is read is smaller than what it is decoded into.
+            self.apart = True
+            stored = max(codec.nbytes for codec in self.codecs.values())
         pin = self.device.type == "cuda"
         self.slots: list[Slot] = []
         for _ in range(slots):
-            host = aligned_buffer(nbytes, pin=pin)
-            device_buffer = torch.empty_like(host, device=self.device) if self.apart else host
+            host = device_buffer = aligned_buffer(stored, pin=pin)
+            if self.apart:
+                whole = host if stored == nbytes else aligned_buffer(nbytes)
+                device_buffer = torch.empty_like(whole, device=self.device)
             self.slots.append(Slot(host, device_buffer))
         self._at: dict[str, Slot] = {}
         self._clock = 0
@@ -64,11 +74,15 @@ class Cache:
         return min(free, key=lambda s: s.used) if free else None
 
     def prefetch(self, piece: str) -> None:
-        """Begin to read `piece`, unless it is here already or every slot is in use."""
-        if piece not in self._at:
-            slot = self._victim()
-            if slot is not None:
-                self._load(slot, piece)
+        """Begin to read `piece`, unless every slot is in use; if it is here already, it stays."""
+        held = self._at.get(piece)
+        if held is not None:
+            # Reading further ahead must not take the slot of what is needed sooner.
+            self._touch(held)
+            return
+        slot = self._victim()
+        if slot is not None:
+            self._load(slot, piece)
 
     def _load(self, slot: Slot, piece: str) -> None:
         self.misses += 1
@@ -108,7 +122,11 @@ class Cache:
             slot.read.wait()
             slot.read = None
         if slot.apart and not slot.on_device:
-            slot.device.copy_(slot.host, non_blocking=True)
+            codec = self.codecs.get(piece)
+            if codec is None:
+                slot.device.copy_(slot.host, non_blocking=True)
+            else:
+                codec.decode(slot.host, slot.device)
         slot.on_device = True
         return slot.device
 
@@ -122,6 +140,7 @@ class Cache:
 
     def write(self, piece: str) -> None:
         """Begin to write the slot's content back. It must not change before the next `settle`."""
+        assert piece not in self.codecs, "an encoded base is frozen"
         slot = self._at[piece]
         if slot.apart:
             if slot.write is not None:

@@ -1,5 +1,5 @@
 """The store as one file in a checkpoint folder, and back: a copy, shared blocks where the file
-system can (reflink: Btrfs, XFS), never more than two units in memory.
+system can (reflink: Btrfs, XFS), a unit at a time, and back a piece at a time.
 
 `offload.bin` holds the current extent of each piece, one after the other: a store of one extent a
 piece, which a model can also be run from.
@@ -30,19 +30,21 @@ def save_store(store: Store, folder: Path) -> None:
     """Write `offload.bin` and `offload.pt` (which pieces are in it, their checksums)."""
     store.flush()
     plan = single(store.plan)
-    target = SsdFile(folder / DATA, plan.sizes[0])
+    target = SsdFile(folder / DATA, plan.sizes[0], reserve=False)
     try:
         buffer = aligned_buffer(UNIT)
         for name in plan.pieces:
             if not store.written(name):
                 continue
             source = store.plan.units[name][store.current[name]]
-            for unit, to in zip(source, plan.units[name][0], strict=True):
+            sums = store.checksums[name]
+            for unit, to, expected in zip(source, plan.units[name][0], sums, strict=True):
                 backend = store.io.backends[unit.directory]
                 if _clone(backend, unit.offset, unit.length, target, to.offset):
                     continue
                 part = buffer[: unit.length]
-                store.io.read([unit], part).wait()
+                reading = store.io.read([unit], part, checksum=True)
+                store.check(name, unit, expected, reading, "of what was written there")
                 target.write(to.offset, bytes_of(part))
         target.sync()
     finally:
@@ -72,22 +74,38 @@ def _clone(backend: Any, offset: int, length: int, target: SsdFile, to: int) -> 
 def open_copy(folder: Path, plan: Plan, *, trace: Any = None) -> Store:
     """The copy as a store to read from. `plan` is that of the store it was made of."""
     flat = single(plan)
+    found = _index(folder, flat)
+    file = SsdFile(folder / DATA, flat.sizes[0], writable=False)
+    store = Store(flat, Io([file], trace), None)
+    _take(store, found)
+    return store
+
+
+def adopt(store: Store, folder: Path) -> None:
+    """Let a store over the copy's file know what the copy holds."""
+    _take(store, _index(folder, store.plan))
+
+
+def _index(folder: Path, plan: Plan) -> dict[str, Any]:
     found = torch.load(folder / INDEX, map_location="cpu", weights_only=True)
-    if found["plan"] != flat.digest():
+    if found["plan"] != plan.digest():
         raise UserError(
             f"{folder}: holds a model or optimizer of another shape; resume with the recipe that "
             "wrote it"
         )
-    store = Store(flat, Io([SsdFile(folder / DATA, flat.sizes[0])], trace), None)
+    return found
+
+
+def _take(store: Store, found: dict[str, Any]) -> None:
     store.current |= dict.fromkeys(found["written"], 0)
     store.committed = dict(store.current)
     store.checksums = dict(found["crc32"])
-    return store
 
 
 def restore_store(store: Store, folder: Path) -> None:
     """Copy a checkpoint into `store`; what it does not hold becomes zeros."""
     source = open_copy(folder, store.plan)
+    store.flush()
     try:
         for name in store.plan.pieces:
             if not source.written(name):
@@ -96,7 +114,11 @@ def restore_store(store: Store, folder: Path) -> None:
                 continue
             buffer = aligned_buffer(store.plan.pieces[name].padded)
             source.read(name, buffer).wait()
-            store.write(name, buffer).wait()
+            if store.write(name, buffer).wait() != source.checksums[name]:
+                raise UserError(
+                    f"{folder / DATA}: {name} is damaged, its checksum is not that of what was "
+                    "written; resume from another checkpoint by loop.resume"
+                )
         store.flush()
     finally:
         source.close()

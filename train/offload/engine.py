@@ -15,6 +15,7 @@ from mnemic.train.errors import UserError
 from mnemic.train.offload.activations import LayerInputs
 from mnemic.train.offload.apply import SMALL, Applier, Rule, rule_for
 from mnemic.train.offload.cache import Cache
+from mnemic.train.offload.codec import Codec
 from mnemic.train.offload.files import Backend, HostMemory, SsdFile
 from mnemic.train.offload.io import Io, Trace
 from mnemic.train.offload.layout import TILE, Spec, Tiling, pack
@@ -29,7 +30,7 @@ from mnemic.train.offload.vocabulary import Matrix, Vocabulary
 log = logging.getLogger("mnemic")
 
 RING = 3  # state tiles, and vocabulary tiles, in memory at the least
-SLOTS = 3  # layers: one computed, one read, one written
+SLOTS = 2  # layers: one computed while the next is read into what the last is written from
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,8 @@ class Settings:
     states: str = "fp32"
     direct: bool = True
     clip: str = "none"
+    base: str = "full"
+    single: bool = False  # one extent a piece: a copy that is only read
     slots: int | None = None
     tile_elements: int = TILE
     small: int = SMALL
@@ -63,6 +66,7 @@ class Layout:
     applier: Applier | None
     weight_pieces: list[Piece]
     pieces: list[Piece]
+    codecs: dict[str, Codec] = field(default_factory=dict)
     kept_layers: int = 0
     kept_tiles: int = 0
     kept_states: list[Piece] = field(default_factory=list)
@@ -78,8 +82,9 @@ class Layout:
     def resident(self) -> dict[str, int]:
         """Bytes of each part that the engine keeps in memory."""
         arena = self.applier.arena.nbytes if self.applier else 0
+        encoded = max((codec.nbytes for codec in self.codecs.values()), default=0)
         return {
-            "layers": self.kept_layers * max(self.block_bytes),
+            "layers": self.kept_layers * (max(self.block_bytes) + encoded),
             "vocabulary tiles": self.kept_tiles * self.tile_bytes,
             "state tiles": RING * self.state_tile_bytes + sum(p.padded for p in self.kept_states),
             "small states": arena,
@@ -94,9 +99,11 @@ def lay_out(
     `ram_budget`. `optimizer`: over all trained weights, or None where the base is frozen.
     """
     trained = optimizer is not None
-    copies = 2 if trained and (settings.kind == "ssd" or settings.clip == "speculative") else 1
+    shadowed = settings.kind == "ssd" or settings.clip == "speculative"
+    copies = 2 if trained and shadowed and not settings.single else 1
     blocks, sizes, pieces = [], [], []
     owners: dict[str, str] = {}
+    codecs: dict[str, Codec] = {}
     for index in range(len(anatomy.layers)):
         held = [
             (n, tuple(p.shape), p.dtype)
@@ -106,6 +113,9 @@ def lay_out(
         specs, nbytes = pack(held)
         blocks.append(specs)
         sizes.append(nbytes)
+        if not trained and settings.base != "full":
+            codec = codecs[f"block/{index}"] = Codec(settings.base, specs)
+            nbytes = codec.nbytes
         pieces.append(Piece(f"block/{index}", nbytes, copies))
         owners |= {spec.name: f"block/{index}" for spec in specs}
     rest_params = {n: p for n, p in anatomy.rest().items() if trained or not p.requires_grad}
@@ -141,7 +151,9 @@ def lay_out(
         used = {n: b for n, b in owners.items() if n in rules}
         applier = Applier(optimizer, names, used, rules)
         everything += applier.state_pieces(copies) + applier.arena.pieces(copies)
-    layout = Layout(anatomy, blocks, sizes, rest, rest_bytes, matrices, applier, pieces, everything)
+    layout = Layout(
+        anatomy, blocks, sizes, rest, rest_bytes, matrices, applier, pieces, everything, codecs
+    )
     _choose(layout, settings)
     return layout
 
@@ -161,7 +173,8 @@ def _choose(layout: Layout, settings: Settings) -> None:
             f"offload.ram_budget={settings.ram_budget:,} bytes is less than the {least:,} that "
             f"streaming this model takes ({parts}); raise it, or set it to null"
         )
-    largest = max(layout.block_bytes)
+    encoded = max((codec.nbytes for codec in layout.codecs.values()), default=0)
+    largest = max(layout.block_bytes) + encoded
     if settings.slots is None:
         more = min(left // largest, layers - layout.kept_layers)
         layout.kept_layers += more
@@ -194,7 +207,7 @@ class Engine:
         self.store = Store(plan, self.io, folder)
         apart = settings.copy_to_device
         largest = max(layout.block_bytes)
-        self.layers = Cache(self.store, largest, layout.kept_layers, device, apart)
+        self.layers = Cache(self.store, largest, layout.kept_layers, device, apart, layout.codecs)
         self.tiles = Cache(self.store, layout.tile_bytes, layout.kept_tiles, device, apart)
         self.matrices = layout.matrices
         self.applier = layout.applier
@@ -246,9 +259,14 @@ class Engine:
         self._load_rest()
 
     def _fill(self, piece: str, specs: Sequence[Spec], read: Reader, nbytes: int) -> None:
-        buffer = aligned_buffer(nbytes)
-        for spec in specs:
-            spec.view(buffer).copy_(read(spec.name, None))
+        codec = self.layout.codecs.get(piece)
+        buffer = aligned_buffer(codec.nbytes if codec else nbytes)
+        if codec is not None:
+            for part in codec.parts:
+                codec.encode(part, read(part.decoded.name, None), buffer)
+        else:
+            for spec in specs:
+                spec.view(buffer).copy_(read(spec.name, None))
         self.store.write(piece, buffer[: self.store.plan.pieces[piece].padded]).wait()
 
     def _wait_write(self, piece: str, tensor: Tensor, dtype: torch.dtype) -> None:
@@ -329,6 +347,7 @@ class Engine:
         writer.close()
 
     def close(self) -> None:
+        self.inputs.close()
         self.store.close()
         if self._spill_store is not None:
             self._spill_store.close()

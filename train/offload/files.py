@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 from typing import Protocol
 
+from mnemic.train.checkpoint import fsync_folder
 from mnemic.train.errors import UserError
 from mnemic.train.offload.memory import aligned_buffer, bytes_of
 
@@ -29,12 +30,20 @@ class SsdFile:
     """A file of fixed size, its blocks reserved at once; O_DIRECT where the file system takes it.
 
     Without O_DIRECT, pages are dropped from the page cache after use: the memory that an offloaded
-    model must not take would otherwise be taken by its cache. ENOSPC is met here, not later.
+    model must not take would otherwise be taken by its cache. ENOSPC is met here, not later. A file
+    of another size is refused as it is: it may hold the only copy of something.
+
+    `writable=False`: a file that is there, for reading. `reserve=False`: no blocks yet, for a file
+    that will share them.
     """
 
-    def __init__(self, path: Path, nbytes: int, *, direct: bool = True) -> None:
+    def __init__(
+        self, path: Path, nbytes: int, *, direct: bool = True, writable: bool = True,
+        reserve: bool = True,
+    ) -> None:  # fmt: skip
         self.path, self.direct = str(path), direct and hasattr(os, "O_DIRECT")
-        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0)
+        flags = os.O_RDWR | os.O_CREAT if writable else os.O_RDONLY
+        flags |= getattr(os, "O_CLOEXEC", 0)
         try:
             self.fd = os.open(path, flags | (os.O_DIRECT if self.direct else 0), 0o644)
         except OSError as error:
@@ -42,17 +51,32 @@ class SsdFile:
                 raise _unusable(path, error) from None
             self.direct = False
             self.fd = os.open(path, flags, 0o644)
+        size = os.fstat(self.fd).st_size
+        if size != nbytes and (size or not writable):
+            os.close(self.fd)
+            raise UserError(
+                f"offload: {path} has {size:,} bytes where {nbytes:,} belong, so it was cut or is "
+                f"of another model; delete {path.parent} to go on from the newest of checkpoints/, "
+                "or start in another run_dir"
+            )
+        if not writable:
+            return
         try:
-            self._reserve(nbytes)
+            self._make(path, nbytes, fresh=size == 0, reserve=reserve)
         except OSError as error:
             os.close(self.fd)
+            if size == 0:
+                # What a full disk gave of it would only keep it full.
+                path.unlink(missing_ok=True)
             raise _unusable(path, error, nbytes) from None
 
-    def _reserve(self, nbytes: int) -> None:
-        if os.fstat(self.fd).st_size != nbytes:
+    def _make(self, path: Path, nbytes: int, *, fresh: bool, reserve: bool) -> None:
+        if fresh:
             os.ftruncate(self.fd, nbytes)
-        if nbytes and hasattr(os, "posix_fallocate"):
+        if nbytes and reserve and hasattr(os, "posix_fallocate"):
             os.posix_fallocate(self.fd, 0, nbytes)
+        if fresh:
+            fsync_folder(path.parent)
 
     def read(self, offset: int, view: memoryview) -> None:
         done = 0
@@ -77,6 +101,8 @@ class SsdFile:
             os.posix_fadvise(self.fd, offset, length, os.POSIX_FADV_DONTNEED)
 
     def sync(self) -> None:
+        if os.fstat(self.fd).st_nlink == 0:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self.path)
         os.fdatasync(self.fd)
 
     def close(self) -> None:

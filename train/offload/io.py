@@ -7,8 +7,9 @@ crc32. Checksums are taken on the way, in the same threads.
 
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -40,10 +41,9 @@ class Transfer:
         try:
             return [future.result() for future in self.futures]
         except OSError as error:
-            where = f"{error.filename}: " if error.filename else ""
             raise UserError(
-                f"offload: {where}{error.strerror}; the last commit is whole: mend the disk, or "
-                "make room, and run the same command again"
+                f"offload: {error.filename}: {error.strerror}; nothing of the last commit was "
+                "written over: mend the disk, or make room, and run the same command again"
             ) from error
 
     @property
@@ -59,6 +59,16 @@ class Trace:
 
     def add(self, lane: str, name: str, start: float, nbytes: int = 0) -> None:
         self.rows.append((lane, name, start, time.perf_counter(), nbytes))
+
+
+@contextmanager
+def _naming(backend: Backend) -> Iterator[None]:
+    """Calls on a descriptor do not say of which file."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or backend.path
+        raise
 
 
 class Io:
@@ -103,25 +113,26 @@ class Io:
         for transfer in after:
             transfer.wait()
         start = time.perf_counter()
-        self.backends[unit.directory].read(unit.offset, view)
+        backend = self.backends[unit.directory]
+        with _naming(backend):
+            backend.read(unit.offset, view)
         if self.trace:
             self.trace.add("read", name, start, unit.length)
         return zlib.crc32(view) if checksum else 0
 
     def _write(self, unit: Unit, view: memoryview, name: str) -> int:
         start = time.perf_counter()
-        try:
-            self.backends[unit.directory].write(unit.offset, view)
-        except OSError as error:
-            error.filename = error.filename or self.backends[unit.directory].path
-            raise
+        backend = self.backends[unit.directory]
+        with _naming(backend):
+            backend.write(unit.offset, view)
         if self.trace:
             self.trace.add("write", name, start, unit.length)
         return zlib.crc32(view)
 
     def sync(self) -> None:
         for backend in self.backends:
-            backend.sync()
+            with _naming(backend):
+                backend.sync()
 
     def close(self) -> None:
         """Finish what is under way, then close the backends."""

@@ -3,20 +3,28 @@
 import json
 import logging
 import time
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from mnemic.train.checkpoint import verify
-from mnemic.train.export import replace_folder
-from mnemic.train.offload.build import build_engine, describe, source
+from mnemic.train.errors import UserError
+from mnemic.train.folder import replace_folder
+from mnemic.train.offload.build import build_engine, describe, open_copy, source
+from mnemic.train.offload.engine import Engine
 from mnemic.train.offload.io import Trace
+from mnemic.train.offload.memory import settle_malloc
+from mnemic.train.offload.store import MANIFEST
 from mnemic.train.offload.update import StreamedAdapterUpdate, StreamedUpdate
-from mnemic.train.offload.work import WorkFolders
+from mnemic.train.offload.work import WorkFolders, work_folders
+from mnemic.train.recipe.model import NoAdapters
 from mnemic.train.recipe.offload import NoOffload
 from mnemic.train.recipe.recipe import Recipe
 from mnemic.train.recipe.training import StreamedUpdate as StreamedPart
+from mnemic.train.state import load_trained
 from mnemic.train.update import PlainUpdate, Update
 
 log = logging.getLogger("mnemic")
@@ -26,7 +34,7 @@ class StreamedRun:
     """`model` and `optimizer` for the trainer, over the claimed folders of `work`."""
 
     def __init__(
-        self, recipe: Recipe, tokenizer: Any, device: torch.device, work: WorkFolders
+        self, recipe: Recipe, tokenizer: Any, device: torch.device, work: WorkFolders | None
     ) -> None:
         offload = recipe.offload
         assert not isinstance(offload, NoOffload)
@@ -47,11 +55,11 @@ class StreamedRun:
                 "wrote %s bytes of weights into %s in %.1f s", f"{size:,}",
                 self.engine.folder or "host memory", time.perf_counter() - began,
             )  # fmt: skip
-        log.info("in memory: %s", describe(self.plan.layout))
 
     def update(self, accelerator: Any) -> Update:
         part = self.recipe.update
         assert isinstance(part, StreamedPart)
+        log.info("in memory: %s", describe(self.plan.layout))
         if self.plan.full:
             return StreamedUpdate(self.engine, part.clip, part.max_grad_norm)
         limit = part.max_grad_norm
@@ -100,3 +108,48 @@ def export_engine(engine: Any, model: Any, folder: Path) -> None:
     model.config.save_pretrained(folder)
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.save_pretrained(folder)
+
+
+def load_streamed(
+    recipe: Recipe, tokenizer: Any, run_dir: Path, source: Path | None, given: bool
+) -> "Loaded":
+    """The model of a streamed run: at its last commit, or (`given`, and where there is no commit)
+    as the checkpoint `source` holds it; adapters from the checkpoint, their base from the commit.
+    """
+    device = torch.device("cpu")
+    if torch.accelerator.is_available() and recipe.loop.device == "auto":
+        kind = torch.accelerator.current_accelerator()
+        device = kind if kind is not None else device
+    settle_malloc()
+    stack = ExitStack()
+    full = isinstance(recipe.adapters, NoAdapters)
+    ssd = recipe.offload.kind == "ssd"
+    work = work_folders(recipe, run_dir) if ssd else None
+    committed = work is not None and (work.paths[0] / MANIFEST).is_file()
+    if source is not None and (given or not committed or not full):
+        verify(source)
+    if full and source is not None and (given or not committed):
+        plan, engine = open_copy(recipe, tokenizer, device, source)
+        stack.callback(engine.close)
+        return Loaded(plan.model, engine, stack)
+    if full and not committed:
+        raise UserError(f"{run_dir}: has no commit and no checkpoint yet; train it first")
+    if work is not None:
+        work.claim()
+        stack.callback(work.release)
+    run = StreamedRun(recipe, tokenizer, device, work)
+    stack.callback(run.engine.close)
+    run.load(None)
+    if not full:
+        assert source is not None
+        load_trained(run.model, source / "model.safetensors")
+    return Loaded(run.model, run.engine, stack)
+
+
+@dataclass
+class Loaded:
+    """A streamed model and what must stay open for it."""
+
+    model: Any
+    engine: Engine
+    stack: ExitStack

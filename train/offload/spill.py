@@ -69,8 +69,11 @@ class Spill:
             yield spec.name, spec.view(buffer).clone()
         self.cache.release(f"grad/{block}")
 
-    def tiles(self, matrix: Matrix, vocabulary: Vocabulary) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """(tile, weight, gradient) of a vocabulary matrix."""
+    def tiles(
+        self, matrix: Matrix, vocabulary: Vocabulary, skip: bool = False
+    ) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """(tile, weight, gradient) of a vocabulary matrix, all of them whatever `skip` says."""
+        del skip
         cache = self.tile_cache
         assert cache is not None
         for tile, weight in vocabulary.tiles(matrix):

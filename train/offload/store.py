@@ -27,9 +27,9 @@ from mnemic.train.checkpoint import write_atomic
 from mnemic.train.errors import UserError
 from mnemic.train.offload.io import UNIT, Io, Transfer, Unit
 from mnemic.train.offload.memory import ALIGN, aligned_buffer, round_up
+from mnemic.train.offload.work import MANIFEST, name_all
 
 FORMAT = 1
-MANIFEST = "commit"
 _MAGIC = b"mnemic-offload\n"
 _NONE = -1  # no extent written yet: the piece reads as zeros
 
@@ -140,7 +140,6 @@ class Store:
         """Make everything written so far the state to resume from."""
         self.flush()
         if self.folder is not None:
-            self.io.sync()
             names = list(self.plan.pieces)
             payload = bytesio.BytesIO()
             torch.save(
@@ -154,12 +153,19 @@ class Store:
             )  # fmt: skip
             data = payload.getvalue()
             try:
+                self.io.sync()
                 write_atomic(self.folder / MANIFEST, _MAGIC + hashlib.sha256(data).digest() + data)
+            except FileNotFoundError as error:
+                raise UserError(
+                    f"offload: step {step} could not be committed to {self.folder}: "
+                    f"{error.filename} was deleted under the run; run the same command again: "
+                    "with the folder gone it goes on from the newest of checkpoints/"
+                ) from error
             except OSError as error:
                 raise UserError(
                     f"offload: step {step} could not be committed to {self.folder}: "
-                    f"{error.strerror}; the step before it is whole: make room, and run the same "
-                    "command again"
+                    f"{error.strerror}; what was committed before is whole: make room, and run "
+                    "the same command again"
                 ) from error
         self.committed = dict(self.current)
         self._committed_checksums = dict(self.checksums)
@@ -174,7 +180,7 @@ class Store:
 
     def open(self) -> dict[str, Any] | None:
         """Take up the last commit, after checking every unit of it; its step and state, or None."""
-        found = read_manifest(self.folder) if self.folder else None
+        found = read_manifest(self.folder, self._folders()) if self.folder else None
         if found is None:
             return None
         if found["plan"] != self.plan.digest():
@@ -190,20 +196,24 @@ class Store:
         self.verify(found["step"])
         return found
 
+    def spare(self) -> None:
+        """Before content that comes from elsewhere is written: keep the extents of the last
+        commit, damaged or not, from being written over until the next one.
+        """
+        try:
+            found = read_manifest(self.folder) if self.folder else None
+        except UserError:
+            return  # which extents those are is what is damaged
+        if found is not None and found["plan"] == self.plan.digest():
+            self.committed = dict(zip(self.plan.pieces, found["current"], strict=True))
+
     def verify(self, step: int) -> None:
         """Compare every current unit with its checksum; `UserError` names the first bad one."""
         buffers = [aligned_buffer(UNIT), aligned_buffer(UNIT)]
         pending: list[tuple[str, Unit, int, Transfer]] = []
 
         def check(name: str, unit: Unit, expected: int, transfer: Transfer) -> None:
-            if transfer.wait() != [expected]:
-                path = self.io.backends[unit.directory].path
-                raise UserError(
-                    f"offload: {name} is damaged ({path}, {unit.length:,} bytes from "
-                    f"{unit.offset:,}): its checksum is not that of the commit of step {step}; "
-                    "go on from a folder of checkpoints/ by loop.resume, or start in another "
-                    "run_dir"
-                )
+            self.check(name, unit, expected, transfer, f"of the commit of step {step}")
 
         for index, (name, unit, expected) in enumerate(self._sums()):
             if len(pending) == len(buffers):
@@ -213,17 +223,38 @@ class Store:
         for item in pending:
             check(*item)
 
+    def check(
+        self, name: str, unit: Unit, expected: int, transfer: Transfer, whose: str
+    ) -> None:  # fmt: skip
+        """Wait for a unit that is read with its checksum; `UserError` if that is another one."""
+        if transfer.wait() != [expected]:
+            path, advice = self.io.backends[unit.directory].path, "check the machine's memory"
+            if self.folder is not None:
+                advice = (
+                    f"delete {name_all(self._folders())} to go on from the newest of checkpoints/, "
+                    "or start in another run_dir"
+                )
+            raise UserError(
+                f"offload: {name} is damaged ({path}, {unit.length:,} bytes from "
+                f"{unit.offset:,}): its checksum is not that {whose}; {advice}"
+            )
+
     def _sums(self) -> Iterator[tuple[str, Unit, int]]:
         for name, sums in self.checksums.items():
             for unit, expected in zip(self._units(name), sums, strict=True):
                 yield name, unit, expected
 
+    def _folders(self) -> list[Path]:
+        return [Path(backend.path).parent for backend in self.io.backends]
+
     def close(self) -> None:
         self.io.close()
 
 
-def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The last commit in `folder`, None where there is none; a damaged one is a `UserError`."""
+def read_manifest(folder: Path, folders: Sequence[Path] = ()) -> dict[str, Any] | None:
+    """The last commit in `folder`, None where there is none; a damaged one is a `UserError`, which
+    says to delete all of `folders`.
+    """
     path = folder / MANIFEST
     try:
         raw = path.read_bytes()
@@ -233,8 +264,8 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     data = raw[head + 32 :]
     if raw[:head] != _MAGIC or hashlib.sha256(data).digest() != raw[head : head + 32]:
         raise UserError(
-            f"{path}: damaged; go on from a folder of checkpoints/ by loop.resume, or start in "
-            "another run_dir"
+            f"{path}: damaged; delete {name_all(folders or [folder])} to go on from the newest of "
+            "checkpoints/, or start in another run_dir"
         )
     found = torch.load(bytesio.BytesIO(data), map_location="cpu", weights_only=True)
     if found["format"] != FORMAT:

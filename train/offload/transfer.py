@@ -7,7 +7,7 @@ is loaded whole, once, by transformers.
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ _DTYPES = {
     torch.int64: "I64", torch.int32: "I32", torch.int8: "I8", torch.uint8: "U8",
     torch.bool: "BOOL",
 }  # fmt: skip
+_BY_NAME = {name: dtype for dtype, name in _DTYPES.items()}
 
 
 def own_name(name: str) -> str:
@@ -46,18 +47,62 @@ def read_model(model: Any) -> Reader:
     return read
 
 
+class SafetensorsFile:
+    """Reads tensors of a safetensors file by pread: of a mapping, every page that was read would
+    count as resident, which for a model is the size of the model.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+            size = int.from_bytes(os.pread(self._fd, 8, 0), "little")
+            self._start, left = 8 + size, os.fstat(self._fd).st_size - 8
+            header = json.loads(os.pread(self._fd, min(size, left), 8))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: not a safetensors file ({error}); fetch it again") from None
+        self.tensors = {k: v for k, v in header.items() if k != "__metadata__"}
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        return tuple(self.tensors[key]["shape"])
+
+    def read(self, key: str, rows: slice | None) -> Tensor:
+        entry = self.tensors[key]
+        shape, (first, last) = list(entry["shape"]), entry["data_offsets"]
+        dtype = _BY_NAME[entry["dtype"]]
+        if rows is not None:
+            row = (last - first) // max(1, shape[0])
+            first, last = first + rows.start * row, first + rows.stop * row
+            shape[0] = rows.stop - rows.start
+        found = torch.empty(shape, dtype=dtype)
+        if found.numel() * dtype.itemsize != last - first:
+            raise UserError(f"{self.path}: {key} is damaged, its size does not fit its shape")
+        view, offset = bytes_of(found), self._start + first
+        done = 0
+        while done < len(view):
+            count = os.preadv(self._fd, [view[done : done + (8 << 20)]], offset + done)
+            if count == 0:
+                raise UserError(f"{self.path}: ends inside {key}; fetch it again")
+            done += count
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._fd, offset, len(view), os.POSIX_FADV_DONTNEED)
+        return found
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
 def safetensors_of(folder: Path) -> dict[str, Path] | None:
     """Tensor name -> file, of a folder that `save_pretrained` wrote; None without safetensors."""
-    from safetensors import safe_open
-
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if index.is_file():
         files = json.loads(index.read_text("utf-8"))["weight_map"]
         return {name: folder / file for name, file in files.items()}
     if not single.is_file():
         return None
-    with safe_open(single, "pt") as file:
-        return dict.fromkeys(file.keys(), single)
+    file = SafetensorsFile(single)
+    file.close()
+    return dict.fromkeys(file.tensors, single)
 
 
 def read_safetensors(
@@ -67,8 +112,6 @@ def read_safetensors(
     """From files, or None where some parameter is not in them under its own name. `prefix`: name of
     the model without head, which checkpoints of that model leave out.
     """
-    from safetensors import safe_open
-
     keys: dict[str, str] = {}
     for name in names:
         own = own_name(name)
@@ -77,23 +120,13 @@ def read_safetensors(
         if found is None:
             return None
         keys[name] = found
-    handles: dict[Path, Any] = {}
-
-    def handle(name: str) -> Any:
-        path = where[keys[name]]
-        if path not in handles:
-            handles.clear()  # one mapping at a time: its pages count as resident
-            handles[path] = safe_open(path, "pt")
-        return handles[path]
-
-    for name in names:
-        found_shape = tuple(handle(name).get_slice(keys[name]).get_shape())
-        if found_shape != tuple(shapes[name]):
-            return None
+    files = {path: SafetensorsFile(path) for path in {where[key] for key in keys.values()}}
+    if any(files[where[k]].shape(k) != tuple(shapes[name]) for name, k in keys.items()):
+        return None
 
     def read(name: str, rows: slice | None) -> Tensor:
-        part = handle(name).get_slice(keys[name])
-        return part[rows] if rows is not None else part[:] if shapes[name] else part[...]
+        key = keys[name]
+        return files[where[key]].read(key, rows)
 
     return read
 
@@ -190,7 +223,3 @@ def local_folder(path: str, revision: str | None) -> Path:
             "HF_HUB_OFFLINE; or give a local folder"
         ) from error
     return Path(found)
-
-
-def chunks(tensor: Tensor, elements: int) -> Iterator[Tensor]:
-    yield from tensor.reshape(-1).split(elements)

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mnemic.optim.tiled import TiledStep
+from mnemic.optim.write import norm_fp32
 from mnemic.train.data.collate import Batch
 from mnemic.train.errors import UserError
 from mnemic.train.offload.apply import total_norm
@@ -82,7 +84,7 @@ class StreamedUpdate(Update):
     # Norms and factors -----------------------------------------------------------------------
 
     def _note(self, name: str, grad: Tensor) -> float:
-        norm = float(torch.linalg.vector_norm(grad, dtype=torch.float32))
+        norm = float(norm_fp32(grad))
         if not math.isfinite(norm):
             raise UserError(
                 f"step {self._step}: the gradient of {name} is not finite; the step was not "
@@ -162,26 +164,31 @@ class StreamedUpdate(Update):
         self._norms, self._tile_norms, self._factors = {}, {}, {}
         engine, vocabulary = self.engine, self.engine.vocabulary
         step_tile: Callable[[int, Tensor, Tensor], None] | None = None
+        begun: TiledStep | None = None
         head = vocabulary.head
-        spilling = self.clip == "exact_spill"
-        # A head of its own, stepped element by element, needs no second look at its gradient.
-        in_sweep = not vocabulary.tied and head.param.requires_grad and not spilling
-        if in_sweep and self.clip != "layer" and self.applier.rules[head.name].form is not None:
+        # A head of its own needs no further look at its gradient: it is stepped, or with APOLLO
+        # measured, in the sweep that makes the hidden states' gradient.
+        in_sweep = not vocabulary.tied and self.clip not in ("exact_spill", "layer")
+        by_element = self.applier.rules[head.name].form is not None
+        if in_sweep and by_element:
             self.applier.begin_block(head.name)
             number = self.applier.begin_tensor(head.name)
-
             step_tile = partial(vocabulary.step_tile, head, self.applier, self._measure, number)
-
+        elif in_sweep:
+            begun = vocabulary.tiled_step(head, self.applier)
+            step_tile = partial(self._measure_tile, head, begun)
         loss, counts, inputs, fronts = engine.streamer.run(
             batches, trainer.objective, scale, head_step=step_tile, check=self._check_loss,
             before_layer=self._before_layer, after_layer=self._after_layer,
         )  # fmt: skip
-        if step_tile is not None:
+        if in_sweep and by_element:
             self.applier.end_block(head.name)
         rows = [(front.ids, front.rows.grad) for front in fronts]
-        done = {head.name} if step_tile is not None else set()
         for matrix in engine.matrices:
-            if matrix.name not in done:
+            if matrix is head and in_sweep:
+                if begun is not None:
+                    self._vocabulary_step(matrix, inputs, rows, begun)
+            else:
                 self._vocabulary_step(matrix, inputs, rows)
         self._before_layer("rest")
         for name, param in engine.rest.items():
@@ -189,6 +196,14 @@ class StreamedUpdate(Update):
                 self._use(name, param)
         self._after_layer("rest")
         return loss, counts
+
+    def _measure_tile(
+        self, matrix: Matrix, step: TiledStep, tile: int, weight: Tensor, grad: Tensor
+    ) -> None:
+        del weight
+        step.measure(
+            matrix.tiling.slice(tile), self._measure(matrix.name, grad.to(matrix.param.dtype))
+        )
 
     def _check_loss(self, loss: Tensor) -> None:
         if not math.isfinite(float(loss)):
@@ -210,24 +225,27 @@ class StreamedUpdate(Update):
             self.engine.write_block(block)
             self.applier.end_block(block)
 
-    def _vocabulary_step(self, matrix: Matrix, inputs: Any, rows: Any) -> None:
+    def _vocabulary_step(
+        self, matrix: Matrix, inputs: Any, rows: Any, begun: TiledStep | None = None
+    ) -> None:
         vocabulary = self.engine.vocabulary
 
-        def tiles() -> Iterator[Any]:
-            return vocabulary.gradient_tiles(matrix, inputs, rows)
+        def tiles(skip: bool) -> Iterator[Any]:
+            return vocabulary.gradient_tiles(matrix, inputs, rows, skip=skip)
 
         if self.clip == "exact_spill":
-            for tile, _, grad in tiles():
+            for tile, _, grad in tiles(False):
                 self._measure(matrix.name, grad)
                 self.engine.spill.put_tile(matrix, tile, grad.to(matrix.param.dtype))
             return
         if self.clip == "layer":
-            for _, _, grad in tiles():
+            for _, _, grad in tiles(True):
                 self._measure(matrix.name, grad)
-            norm = total_norm(self._tile_norms.pop(matrix.name))
+            norm = total_norm(self._tile_norms.pop(matrix.name, []))
             self._factors[matrix.name] = self._clip_factor(norm)
+        self._tile = matrix.name
         self.applier.begin_block(matrix.name)
-        vocabulary.update(matrix, self.applier, tiles, self._measure)
+        vocabulary.update(matrix, self.applier, tiles, self._measure, begun)
         self.applier.end_block(matrix.name)
 
     def _apply_spilled(self) -> None:
@@ -246,7 +264,10 @@ class StreamedUpdate(Update):
         for matrix in engine.matrices:
             self.applier.begin_block(matrix.name)
             vocabulary.update(
-                matrix, self.applier, lambda m=matrix: spill.tiles(m, vocabulary), self._clipped
+                matrix,
+                self.applier,
+                lambda skip, m=matrix: spill.tiles(m, vocabulary),
+                self._clipped,
             )
             self.applier.end_block(matrix.name)
         streamer = engine.streamer

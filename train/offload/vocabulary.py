@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mnemic.optim.tiled import apollo_in_tiles
+from mnemic.optim.tiled import TiledStep
 from mnemic.train.offload.apply import Applier
 from mnemic.train.offload.cache import Cache
 from mnemic.train.offload.layout import Tiling
@@ -28,6 +28,9 @@ from mnemic.train.offload.store import Store
 
 _LOGITS = 1 << 22
 """Elements of a tile of logits: more tokens than that allows are worked on in parts."""
+
+TilesOf = Callable[[bool], Iterable[tuple[int, Tensor, Tensor]]]
+"""Gives (tile, weight, gradient), each time it is called; True: tiles of zeros may be left out."""
 
 Measure = Callable[[str, Tensor], Tensor]
 """Takes (name, gradient tile): notes its norm, returns it clipped."""
@@ -76,9 +79,13 @@ class Vocabulary:
 
     # Tiles -----------------------------------------------------------------------------------
 
-    def tiles(self, matrix: Matrix, *, backwards: bool = False) -> Iterator[tuple[int, Tensor]]:
-        """(tile, weight rows) one after the other, the next being read meanwhile."""
-        order = range(len(matrix.tiling))
+    def tiles(
+        self, matrix: Matrix, *, backwards: bool = False, chosen: Sequence[int] | None = None
+    ) -> Iterator[tuple[int, Tensor]]:
+        """(tile, weight rows) one after the other, the next being read meanwhile; all or `chosen`
+        ones.
+        """
+        order: Sequence[int] = range(len(matrix.tiling)) if chosen is None else chosen
         order = order[::-1] if backwards else order
         for position, tile in enumerate(order):
             piece = matrix.piece(tile)
@@ -275,13 +282,21 @@ class Vocabulary:
 
     def gradient_tiles(
         self, matrix: Matrix, inputs: Sequence[HeadInput],
-        rows: Sequence[tuple[Tensor, Tensor | None]], *, backwards: bool = False,
+        rows: Sequence[tuple[Tensor, Tensor | None]], *, skip: bool = False,
     ) -> Iterator[tuple[int, Tensor, Tensor]]:  # fmt: skip
         """(tile, weight, gradient) of `matrix`: the head's part from `inputs`, the embedding's from
         `rows`, (ids, gradient rows) of each micro-batch. Added up in the order of micro-batches.
+        `skip` leaves out tiles whose gradient is all zeros: of an embedding, those without a token.
         """
         of_head, of_rows = matrix is self.head, matrix is self.embedding
-        for tile, weight in self.tiles(matrix, backwards=backwards):
+        chosen = None
+        if skip and not of_head:
+            used = [ids for ids, grad in rows if grad is not None]
+            places = (
+                torch.cat(used).div(matrix.tiling.step, rounding_mode="floor") if used else None
+            )
+            chosen = [] if places is None else places.unique().tolist()
+        for tile, weight in self.tiles(matrix, chosen=chosen):
             part = matrix.tiling.slice(tile)
             total: Tensor | None = None
             for i in range(max(len(inputs), len(rows))):
@@ -300,33 +315,34 @@ class Vocabulary:
             yield tile, weight, torch.zeros_like(weight) if total is None else total
 
     def update(
-        self, matrix: Matrix, applier: Applier, tiles: Callable[[], Iterable[Any]],
-        measure: Measure,
+        self, matrix: Matrix, applier: Applier, tiles: TilesOf, measure: Measure,
+        begun: TiledStep | None = None,
     ) -> None:  # fmt: skip
-        """Step `matrix` by the gradients that `tiles()` gives, as `gradient_tiles` does."""
-        rule = applier.rules[matrix.name]
-        if rule.form is not None:
+        """Step `matrix` by the gradients that `tiles(skip)` gives, as `gradient_tiles` does.
+        `begun`: an APOLLO step whose gradients have been measured already.
+        """
+        if applier.rules[matrix.name].form is not None:
             step = applier.begin_tensor(matrix.name)
-            for tile, weight, grad in tiles():
+            for tile, weight, grad in tiles(False):
                 self.step_tile(matrix, applier, measure, step, tile, weight, grad)
             return
+        dtype = matrix.param.dtype
+        step_of = begun or self.tiled_step(matrix, applier)
+        if begun is None:
+            for tile, _, grad in tiles(True):
+                part = matrix.tiling.slice(tile)
+                step_of.measure(part, measure(matrix.name, grad.to(dtype)))
+        step_of.finish()
+        for tile, weight, grad in tiles(step_of.keep == 1.0):
+            piece = matrix.piece(tile)
+            self.cache.settle(piece)
+            # A norm is noted once.
+            step_of.apply(matrix.tiling.slice(tile), weight, measure("", grad.to(dtype)))
+            self.cache.write(piece)
+
+    def tiled_step(self, matrix: Matrix, applier: Applier) -> TiledStep:
         group = applier.steps.group(matrix.param)
-        second = False
-
-        def parts() -> Iterator[tuple[slice, Tensor, Tensor]]:
-            nonlocal second
-            writing, second = second, True
-            for tile, weight, grad in tiles():
-                grad = grad.to(weight.dtype)
-                # A norm is noted once.
-                grad = measure(matrix.name if not writing else "", grad)
-                if writing:
-                    self.cache.settle(matrix.piece(tile))
-                yield matrix.tiling.slice(tile), weight, grad
-                if writing:
-                    self.cache.write(matrix.piece(tile))
-
-        apollo_in_tiles(applier.optimizer, group, matrix.param, matrix.name, parts)
+        return TiledStep(applier.optimizer, group, matrix.param, matrix.name)
 
     def step_tile(
         self, matrix: Matrix, applier: Applier, measure: Measure, step: int,

@@ -7,14 +7,27 @@ the run, with a note of whose it is; nothing else there is touched.
 import errno
 import hashlib
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from mnemic.train.checkpoint import fsync_folder, write_atomic
 from mnemic.train.errors import UserError
+from mnemic.train.recipe.recipe import Recipe
 
-SCRATCH = ("gradients.bin", "activations.bin", ".commit.tmp")
+DATA, MANIFEST, OWNER = "data.bin", "commit", "owner"
+SCRATCH = ("gradients.bin", "activations*.bin", ".commit.tmp", ".owner.tmp")
 """What a dead run may leave behind and no later one needs."""
-OWNER = "owner"
+
+
+def work_folders(recipe: Recipe, run: Path) -> "WorkFolders":
+    """Where a streamed run's files lie."""
+    given = recipe.offload.path
+    return WorkFolders(run, [given] if isinstance(given, str) else given or [])
+
+
+def name_all(paths: Iterable[Path]) -> str:
+    return " and ".join(dict.fromkeys(map(str, paths)))
 
 
 class WorkFolders:
@@ -34,37 +47,65 @@ class WorkFolders:
 
     def claim(self) -> None:
         """`UserError` where a folder is missing, not writable, another run's, or in use."""
+        seen: set[Path] = set()
         for parent in self._parents:
-            if parent != self.run and not parent.is_dir() and len(self._parents) >= 1:
-                if parent.resolve() == self.run:
-                    parent.mkdir(parents=True, exist_ok=True)
-                    continue
+            if parent.resolve() == self.run:
+                parent.mkdir(parents=True, exist_ok=True)
+            if not parent.is_dir():
                 raise UserError(
                     f"offload.path: {parent} is not a folder; give an existing one on a fast disk"
                 )
+            if parent.resolve() in seen:
+                raise UserError(
+                    f"offload.path: {parent} is given twice; give each disk's folder once"
+                )
+            seen.add(parent.resolve())
         for path in self.paths:
             try:
                 path.mkdir(exist_ok=True)
                 self._lock(path)
-                owner = path / OWNER
-                if not owner.exists():
-                    owner.write_text(str(self.run))
-                elif owner.read_text() != str(self.run):
-                    # A run folder that was moved keeps its own offload folder.
-                    if path.parent != self.run:
-                        raise UserError(
-                            f"offload.path: {path} belongs to the run {owner.read_text()}; choose "
-                            "another path or run_dir"
-                        )
-                    owner.write_text(str(self.run))
-                for name in SCRATCH:
-                    (path / name).unlink(missing_ok=True)
+                self._own(path)
+                for file in [file for pattern in SCRATCH for file in path.glob(pattern)]:
+                    file.unlink(missing_ok=True)
             except OSError as error:
                 self.release()
                 raise UserError(
                     f"offload: {path} cannot be written: {error.strerror}; set offload.path to a "
                     "writable folder"
                 ) from None
+        self._check_whole()
+
+    def _check_whole(self) -> None:
+        """Files of all folders, or of none: one without the others may be on a disk that is not
+        mounted. The first one is made first.
+        """
+        missing = [path for path in self.paths if not (path / DATA).exists()]
+        held = [path for path in self.paths if path not in missing]
+        committed = (self.paths[0] / MANIFEST).exists()
+        if missing and (committed or (held and self.paths[0] in missing)):
+            raise UserError(
+                f"offload: {missing[0] / DATA} is missing, and the model is not whole without it; "
+                "bring it back (is its disk mounted?), or delete "
+                f"{name_all(self.paths)} to go on from the newest of checkpoints/"
+            )
+        if not committed:
+            # Of a run that died before its first commit: not all of the model is in them.
+            for path in held:
+                (path / DATA).unlink()
+
+    def _own(self, path: Path) -> None:
+        """Note whose the folder is."""
+        note, mine = path / OWNER, os.fsencode(self.run)
+        owner = note.read_bytes() if note.exists() else b""
+        # A run folder that was moved keeps its own offload folder.
+        if owner and owner != mine and path.parent.resolve() != self.run:
+            raise UserError(
+                f"offload.path: {path} belongs to the run {os.fsdecode(owner)}; choose another "
+                "path or run_dir"
+            )
+        if owner != mine:
+            write_atomic(note, mine)
+            fsync_folder(path.parent)
 
     def _lock(self, path: Path) -> None:
         try:

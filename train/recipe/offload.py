@@ -74,6 +74,15 @@ class SsdOffload(_Offload):
     read; it computes in `model.dtype`."""
 
 
+def _none_unless_said(value: Any) -> Any:
+    short = isinstance(value, dict) and value.keys() <= {"activations", "path"}
+    return {"kind": "none", **value} if short else value
+
+
 Offload = Annotated[
-    NoOffload | HostOffload | SsdOffload, Field(discriminator="kind"), KindShorthand
+    NoOffload | HostOffload | SsdOffload,
+    Field(discriminator="kind"),
+    # `offload: {activations: ssd}` leaves the weights where they are.
+    BeforeValidator(_none_unless_said),
+    KindShorthand,
 ]
