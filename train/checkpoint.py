@@ -30,6 +30,12 @@ def checkpoint_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def checkpoint_step(path: Path) -> int:
+    """The step that a checkpoint's folder is named after; -1 for another folder."""
+    match = _NAME.fullmatch(path.name)
+    return int(match[1]) if match else -1
+
+
 def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
     """(step, path), oldest first. Unfinished temp folders are not checkpoints."""
     if not folder.is_dir():

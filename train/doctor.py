@@ -39,7 +39,7 @@ def examine(path: Path) -> dict[str, Any]:
         else os.cpu_count(),
         "packages": {name: _version(name) for name in (*CORE, *OPTIONAL)},
         "accelerator": _accelerator(),
-        "disk": _disk(path),
+        "disk": measure_disk(path),
     }
     report["remarks"] = _remarks(report)
     return report
@@ -71,7 +71,7 @@ def _accelerator() -> dict[str, Any] | None:
     return found
 
 
-def _disk(path: Path) -> dict[str, Any]:
+def measure_disk(path: Path) -> dict[str, Any]:
     """Sequential write (with fsync) and read of `TEST_BYTES`; the read by O_DIRECT where that
     works.
     """

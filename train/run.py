@@ -111,7 +111,7 @@ def _run(
 
             streamed = StreamedRun(recipe, tokenizer, accelerator.device, work)
             stack.callback(streamed.close, folder.path)
-            streamed.load(start)
+            streamed.load(start, folder)
             model = streamed.model
     check_length(recipe, model)
     total_steps = count_steps(recipe, tokenizer)
@@ -187,8 +187,9 @@ def _run(
         keep_checkpoints=recipe.loop.keep_checkpoints,
     )  # fmt: skip
     if streamed:
-        if streamed.resume(trainer, start):
-            log.info("resuming from its last commit (step %d of %d)", trainer.step, total_steps)
+        taken = streamed.resume(trainer, start)
+        if taken:
+            log.info("resuming from %s (step %d of %d)", taken, trainer.step, total_steps)
     elif start:
         trainer.resume(start)
         log.info("resuming from %s (step %d of %d)", start, trainer.step, total_steps)

@@ -152,7 +152,8 @@ def open_copy(
     flat = Plan(plan.layout.pieces)
     engine = Engine(
         plan.layout, plan.settings, folder=None, names=plan.names, device=device,
-        autocast=_autocast(recipe, device), backends=[SsdFile(checkpoint / DATA, flat.sizes[0])],
+        autocast=_autocast(recipe, device),
+        backends=[SsdFile(checkpoint / DATA, flat.sizes[0], writable=False)],
     )  # fmt: skip
     adopt(engine.store, checkpoint)
     engine.reload()

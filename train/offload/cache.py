@@ -9,6 +9,7 @@ On an accelerator each slot has a device buffer beside its host buffer; the cont
 the slot is taken (`acquire`) and when it is written back.
 """
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -119,7 +120,7 @@ class Cache:
         slot.pins += 1
         self._touch(slot)
         if slot.read is not None:
-            slot.read.wait()
+            self._wait(slot.read, piece)
             slot.read = None
         if slot.apart and not slot.on_device:
             codec = self.codecs.get(piece)
@@ -129,6 +130,12 @@ class Cache:
                 codec.decode(slot.host, slot.device)
         slot.on_device = True
         return slot.device
+
+    def _wait(self, transfer: Transfer, piece: str) -> None:
+        start = time.perf_counter()
+        transfer.wait()
+        if self.store.io.trace:
+            self.store.io.trace.add("wait", piece, start)
 
     def release(self, piece: str) -> None:
         slot = self._at[piece]
@@ -152,7 +159,7 @@ class Cache:
         """Wait until the slot's last write is out, before its content is changed again."""
         slot = self._at[piece]
         if slot.write is not None:
-            slot.write.wait()
+            self._wait(slot.write, piece)
             slot.write = None
 
     def drop(self) -> None:

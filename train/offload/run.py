@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 
-from mnemic.train.checkpoint import verify
+from mnemic.train.checkpoint import checkpoint_step, verify
 from mnemic.train.errors import UserError
-from mnemic.train.folder import replace_folder
+from mnemic.train.folder import RunFolder, replace_folder
 from mnemic.train.offload.build import build_engine, describe, open_copy, source
 from mnemic.train.offload.engine import Engine
 from mnemic.train.offload.io import Trace
 from mnemic.train.offload.memory import settle_malloc
-from mnemic.train.offload.store import MANIFEST
+from mnemic.train.offload.store import MANIFEST, read_manifest
 from mnemic.train.offload.update import StreamedAdapterUpdate, StreamedUpdate
 from mnemic.train.offload.work import WorkFolders, work_folders
 from mnemic.train.recipe.model import NoAdapters
@@ -44,17 +44,49 @@ class StreamedRun:
         self.model, self.optimizer = self.plan.model, self.plan.optimizer
         self.found: dict[str, Any] | None = None
 
-    def load(self, start: Path | None) -> None:
+    def load(self, start: Path | None, run: RunFolder | None = None) -> None:
         """The last commit, or the first weights; a checkpoint to begin from brings its own."""
+        folder, full = self.engine.folder, self.plan.full
+        if start is not None and full and self._named:
+            if folder and run and start.resolve().parent != run.checkpoints.resolve():
+                self._refuse_to_begin(folder, start)
+            # The checkpoint takes the commit's place, whether that can be read or not.
+            self.engine.store.spare()
+            return
         self.found = self.engine.open()
-        if self.found is None and (start is None or not self.plan.full):
-            began = time.perf_counter()
-            self.engine.load(source(self.recipe, self.tokenizer, self.plan))
-            size = sum(p.nbytes for p in self.plan.layout.weight_pieces)
-            log.info(
-                "wrote %s bytes of weights into %s in %.1f s", f"{size:,}",
-                self.engine.folder or "host memory", time.perf_counter() - began,
-            )  # fmt: skip
+        if self.found is not None:
+            return
+        if start is not None and full:
+            if folder:
+                log.warning("%s holds no commit: going on from %s", folder, start)
+            return
+        if folder and full and run and run.metrics.exists() and run.metrics.stat().st_size:
+            # Every row was written after a commit.
+            raise UserError(
+                f"offload: {folder} holds no commit, but {run.metrics} has rows, and there is no "
+                "checkpoint to go on from; bring the folder back (is its disk mounted? was the "
+                f"run folder moved?), or delete {run.path} to begin again"
+            )
+        began = time.perf_counter()
+        self.engine.load(source(self.recipe, self.tokenizer, self.plan))
+        size = sum(p.nbytes for p in self.plan.layout.weight_pieces)
+        log.info(
+            "wrote %s bytes of weights into %s in %.1f s", f"{size:,}",
+            self.engine.folder or "host memory", time.perf_counter() - began,
+        )  # fmt: skip
+
+    @property
+    def _named(self) -> bool:
+        return self.recipe.loop.resume not in ("auto", "never")
+
+    def _refuse_to_begin(self, folder: Path, start: Path) -> None:
+        """A run that has begun from another run's checkpoint goes on from its own commits."""
+        found = read_manifest(folder)
+        if found is not None:
+            raise UserError(
+                f"offload: {folder} holds a commit of step {found['step']}, so the run cannot "
+                f"begin from {start}; set loop.resume=auto to go on, or choose another run_dir"
+            )
 
     def update(self, accelerator: Any) -> Update:
         part = self.recipe.update
@@ -66,25 +98,24 @@ class StreamedRun:
         plain = PlainUpdate(accelerator, self.model, self.optimizer, limit)
         return StreamedAdapterUpdate(self.engine, plain)
 
-    def resume(self, trainer: Any, start: Path | None) -> bool:
+    def resume(self, trainer: Any, start: Path | None) -> str | None:
         """Take the trainer to the last commit or to `start`, whichever is later; a checkpoint that
-        the recipe names goes first. Whether there was anything.
+        the recipe names goes first. What was taken, None if there was nothing.
         """
         if not self.plan.full:
             if start:
                 trainer.resume(start)
-            return start is not None
+            return str(start) if start else None
         step = self.found["step"] if self.found else -1
-        named = self.recipe.loop.resume not in ("auto", "never")
-        if start is not None and (named or verify(start)["step"] > step):
+        if start is not None and (self._named or checkpoint_step(start) > step):
             trainer.resume(start)
             self.engine.store.commit(trainer.step, trainer.state_dict())
-            return True
+            return str(start)
         if self.found and self.found["state"]:
             trainer.load_state_dict(self.found["state"])
             trainer.resumed_from = trainer.step
-            return True
-        return False
+            return "its last commit"
+        return None
 
     def export(self, target: Path) -> None:
         """The trained model as a plain Hugging Face or PEFT folder, a tile at a time."""

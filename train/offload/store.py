@@ -15,6 +15,7 @@ host memory, which no crash survives.
 
 import hashlib
 import io as bytesio
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,7 +139,10 @@ class Store:
 
     def commit(self, step: int, state: dict[str, Any]) -> None:
         """Make everything written so far the state to resume from."""
+        start = time.perf_counter()
         self.flush()
+        if self.io.trace:
+            self.io.trace.add("wait", "commit", start)
         if self.folder is not None:
             names = list(self.plan.pieces)
             payload = bytesio.BytesIO()

@@ -104,10 +104,7 @@ class Streamer:
     def layer(self, index: int, ahead: Sequence[int] = ()) -> Iterator[None]:
         """Layer `index` in memory; those of `ahead` are being read meanwhile."""
         piece = f"block/{index}"
-        start = time.perf_counter()
         buffer = self.cache.acquire(piece)
-        if self.trace:
-            self.trace.add("wait", piece, start)
         for other in ahead:
             if 0 <= other < self.num_layers:
                 self.cache.prefetch(f"block/{other}")
@@ -121,7 +118,7 @@ class Streamer:
                 named[spec.name].data = self._empty[index][spec.name]
             self.cache.release(piece)
             if self.trace:
-                self.trace.add("compute", piece, start)
+                self.trace.add("layer", piece, start)
 
     def _ahead(self, index: int, direction: int) -> list[int]:
         depth = 1 if len(self.cache.slots) < 4 else 2

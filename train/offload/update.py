@@ -9,6 +9,7 @@ steps in a pass over them. Both give the step of the plain trainer.
 
 import logging
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -135,7 +136,7 @@ class StreamedUpdate(Update):
         self._factor = 1.0
         if self.clip == "previous_norm" and self._previous_norm:
             self._factor = self._clip_factor(self._previous_norm)
-        seed = torch.initial_seed()
+        seed, start = torch.initial_seed(), time.perf_counter()
         found = self._attempt(trainer, moved, scale)
         if self.clip == "speculative":
             factor = self._clip_factor(self._norm())
@@ -151,6 +152,8 @@ class StreamedUpdate(Update):
         if self.clip == "exact_spill":
             self._factor = self._clip_factor(self._norm())
             self._apply_spilled()
+        if self.engine.trace:
+            self.engine.trace.add("step", str(self._step), start)
         return found
 
     def _norm(self) -> float:

@@ -162,7 +162,7 @@ def test_the_trace_says_who_was_busy(tmp_path):
                                                                      "trace": True}})  # fmt: skip
     train_here(tree)
     rows = json.loads((tmp_path / "a" / "run" / "timeline.json").read_text())
-    assert {row["lane"] for row in rows} == {"read", "write", "compute", "wait"}
+    assert {row["lane"] for row in rows} == {"read", "write", "layer", "step", "wait"}
     assert all(row["end"] >= row["start"] for row in rows)
 
 
