@@ -43,8 +43,9 @@ def with_compute(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     found = []
     for step in (row for row in rows if row["lane"] == "step"):
         at = step["start"]
-        for start, end in [*waits, (step["end"], step["end"])]:
-            if at < start <= step["end"]:
+        inside = [span for span in waits if span[0] < step["end"] and span[1] > at]
+        for start, end in [*inside, (step["end"], step["end"])]:
+            if at < start:
                 found.append({"lane": "compute", "start": at, "end": start, "bytes": 0})
             at = max(at, end)
     return [*rows, *found]

@@ -118,6 +118,9 @@ class RunFolder:
         old, new = _flat(read_yaml(self.recipe)), _flat(dump_recipe(recipe))
         keys = [k for k in {**old, **new} if old.get(k) != new.get(k)]
         keys = [k for k in keys if not any(k == f or k.startswith(f + ".") for f in _FREE)]
+        if new.get("offload.kind") == "none":
+            # Then it is where a scratch file lies, no more.
+            keys = [k for k in keys if k != "offload.path"]
         holdout = "evaluation.holdout"
         if old.get(holdout) != new.get(holdout):
             keys.append(holdout)

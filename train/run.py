@@ -82,6 +82,7 @@ def _run(
     from mnemic.train.objectives.tokens import TokenObjective, keeps_packed_rows_apart
     from mnemic.train.offload.saved import saved_activations
     from mnemic.train.optimizers import build_optimizer
+    from mnemic.train.plan_fits import check_fits
     from mnemic.train.trainer import Trainer
     from mnemic.train.update import DeepSpeedUpdate, PlainUpdate
 
@@ -104,6 +105,7 @@ def _run(
     # Rank 0 first: a model that must be fetched is fetched once.
     with accelerator.main_process_first():
         tokenizer = build_tokenizer(recipe)
+        check_fits(recipe, tokenizer, accelerator.device)
         if work is None:
             model = build_model(recipe, tokenizer)
         else:

@@ -25,8 +25,8 @@ SHRUNK = {
                              "loop.save_every=2", "objective.seq_len=32", "evaluation.max_rows=2"],
     "lowmem_full": ["data.path=text.txt", "loop.steps=2", "evaluation.every=2",
                     "loop.save_every=2", "objective.seq_len=32", "evaluation.max_rows=2"],
-    "lowmem_lora": ["data.size=20", "loop.steps=2", "loop.batch_size=4", "evaluation.every=2",
-                    "loop.save_every=2", "evaluation.data.size=2"],
+    "lowmem_lora": ["data.size=20", "loop.steps=3", "evaluation.every=3", "loop.save_every=2",
+                    "evaluation.data.size=2", "evaluation.max_new_tokens=4"],
 }  # fmt: skip
 
 

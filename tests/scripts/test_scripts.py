@@ -2,12 +2,13 @@
 
 import importlib.util
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from support import TEXT, rows_of, train_here
+from support import TEXT, lm_tree, rows_of, train_here
 
 from mnemic.train.recipe.load import dump_recipe, load_recipe
 
@@ -86,3 +87,58 @@ def test_bench_memory_writes_its_ratios(tmp_path):
     report = quick("bench_memory", tmp_path)
     assert [row["name"] for row in report["rows"]] == ["adamw, plain", "apollo-mini, plain"]
     assert all(row["step_peak_over_imports"] > 0 for row in report["rows"])
+
+
+def test_a_timeline_of_a_streamed_random_model(tmp_path):
+    """random_model.py makes a folder, a traced run streams it, plot_timeline.py draws it."""
+    folder = tmp_path / "model"
+    shape = ["--hidden", "64", "--inner", "96", "--layers", "3", "--heads", "4", "--kv", "2",
+             "--vocabulary", "300"]  # fmt: skip
+    subprocess.run([sys.executable, SCRIPTS / "random_model.py", folder, *shape], check=True)
+    tree = lm_tree(
+        tmp_path, update="streamed", offload={"kind": "ssd", "trace": True},
+        model={"kind": "pretrained", "path": str(folder)}, loop={"steps": 2},
+    )  # fmt: skip
+    train_here(tree)
+    first = rows_of(tree["run_dir"])[0]["loss"]
+    assert abs(first - math.log(300)) < 0.3, "not a random model's loss"
+    picture, report = tmp_path / "t.png", tmp_path / "t.json"
+    subprocess.run(
+        [sys.executable, SCRIPTS / "plot_timeline.py", tmp_path / "run" / "timeline.json", picture,
+         "--disk", tmp_path, "--json", report],
+        check=True,
+    )  # fmt: skip
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    found = json.loads(report.read_text())
+    assert found["read_bytes"] > 0 and found["written_bytes"] > found["read_bytes"] / 100
+    assert 0 <= found["transfers_beside_compute"] <= 1 and found["share_of_disk_speed"] > 0
+
+
+def test_spans_of_a_timeline():
+    """Compute is the time of steps in which nothing was waited for; overlap is what both share."""
+    plot = load("plot_timeline")
+    rows = [
+        {"lane": "step", "name": "1", "start": 0.0, "end": 10.0, "bytes": 0},
+        {"lane": "wait", "name": "block/0", "start": 2.0, "end": 4.0, "bytes": 0},
+        {"lane": "wait", "name": "commit", "start": 11.0, "end": 12.0, "bytes": 0},
+        {"lane": "read", "name": "block/0", "start": 1.0, "end": 4.0, "bytes": 300},
+        {"lane": "write", "name": "block/0", "start": 9.0, "end": 12.0, "bytes": 100},
+    ]
+    rows = [row for row in plot.with_compute(rows) if row["lane"] in plot.LANES]
+    spans = [(r["start"], r["end"]) for r in rows if r["lane"] == "compute"]
+    assert spans == [(0.0, 2.0), (4.0, 10.0)]
+    found = plot.summary(rows, {"read_bytes_per_second": 100, "write_bytes_per_second": 20})
+    assert found["seconds"] == 12 and found["bytes_per_second"] == pytest.approx(400 / 12)
+    # One second of the read and one of the write lie beside computation, of six of transfers.
+    assert found["transfers_beside_compute"] == pytest.approx(2 / 6)
+    assert found["share_of_disk_speed"] == pytest.approx((3 + 5) / 12)
+
+
+@pytest.mark.slow
+def test_bench_offload_writes_its_ratios(tmp_path):
+    report = quick("bench_offload", tmp_path)
+    table = {row["name"]: row for row in report["rows"]}
+    ours, ram = table["1M ours_adamw"], table["1M adamw_ram"]
+    assert ours["first_loss"] == pytest.approx(ram["first_loss"], abs=1e-2)
+    assert ours["last_loss"] == pytest.approx(ram["last_loss"], abs=2e-2)
+    assert table["1M ours_mini"]["written_per_step"] < ours["written_per_step"]

@@ -86,7 +86,7 @@ class Layout:
         return {
             "layers": self.kept_layers * (max(self.block_bytes) + encoded),
             "vocabulary tiles": self.kept_tiles * self.tile_bytes,
-            "state tiles": RING * self.state_tile_bytes + sum(p.padded for p in self.kept_states),
+            "state tiles": (RING + len(self.kept_states)) * self.state_tile_bytes,
             "small states": arena,
             "rest": self.rest_bytes,
         }
