@@ -30,10 +30,23 @@ def parser() -> argparse.ArgumentParser:
 
     train = add("train", "train a recipe, or go on where its run folder stopped")
     validate = add("validate", "check a recipe and its data without training")
-    for command in (train, validate):
+    plan = add("plan", "tell what a recipe will take: memory, disk, bytes of a step")
+    for command in (train, validate, plan):
         command.add_argument("recipe", help=RECIPE_HELP)
         command.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES_HELP)
     validate.add_argument("--show", action="store_true", help="print the resolved recipe")
+
+    plan.add_argument("--json", action="store_true", help="print JSON, in bytes and seconds")
+    plan.add_argument(
+        "--length", metavar="N[,N...]", help="plan for rows of N tokens; several are compared"
+    )
+    plan.add_argument(
+        "--disk", action="append", metavar="FOLDER",
+        help="measure the disk of this folder instead of the offload's; may be given again",
+    )  # fmt: skip
+    plan.add_argument(
+        "--tbw", type=float, default=600.0, help="terabytes that the disk may have written to it"
+    )
 
     recipes = add("recipes", "list or copy the shipped recipes")
     actions = recipes.add_subparsers(dest="action", metavar="ls|cp", required=True)

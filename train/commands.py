@@ -55,6 +55,36 @@ def validate(args: Namespace) -> int:
     return 0
 
 
+def plan(args: Namespace) -> int:
+    recipe, notes = load_recipe(args.recipe, args.overrides)
+    for note in notes:
+        log.warning("note: %s", note)
+    lengths = _lengths(args.length) if args.length else None
+    if not args.tbw > 0:
+        raise RecipeError("--tbw: must be above 0")
+    from mnemic.train.plan import plan as make
+    from mnemic.train.plan_show import as_values, show
+
+    disk = [Path(folder) for folder in args.disk or []]
+    report = make(recipe, lengths=lengths, disk=disk, tbw=args.tbw)
+    if args.json:
+        print(json.dumps(as_values(report), indent=1))
+    else:
+        show(report)
+    return 0
+
+
+def _lengths(text: str) -> list[int]:
+    """`4096` or `4096,16384`."""
+    try:
+        found = [int(part) for part in text.split(",")]
+    except ValueError:
+        found = []
+    if not found or min(found) < 2:
+        raise RecipeError(f"--length: {text!r} is not a number of tokens, or several with commas")
+    return found
+
+
 def recipes(args: Namespace) -> int:
     shipped = shipped_recipes()
     if args.action == "ls":

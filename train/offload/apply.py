@@ -109,9 +109,12 @@ class Applier:
                 pieces.append(Piece(f"state/{name}/{tile}", nbytes, copies))
         return pieces
 
-    def attach(self, store: Store, ring: int, resident: Iterable[Piece], device: Any) -> None:
+    def attach(
+        self, store: Store, ring: int, resident: Iterable[Piece], device: Any,
+        apart: bool | None = None,
+    ) -> None:  # fmt: skip
         """Allocate: the arena, a ring of `ring` tile buffers, and buffers for tiles that stay."""
-        self.arena.allocate()
+        self.arena.allocate(device, bool(apart))
         for group, param, name in self.params():
             if self.rules[name].form is None:
                 for key in self.optimizer.new_state(group, param):
@@ -121,9 +124,9 @@ class Applier:
         tiles = [p for p in store.plan.pieces.values() if p.name.startswith("state/")]
         largest = max((p.nbytes for p in tiles), default=0)
         if largest:
-            self.ring = Cache(store, largest, ring, device)
+            self.ring = Cache(store, largest, ring, device, apart)
         if stays:
-            self.resident = Cache(store, max(p.nbytes for p in stays), len(stays), device)
+            self.resident = Cache(store, max(p.nbytes for p in stays), len(stays), device, apart)
         self.store = store
 
     def load(self) -> None:

@@ -30,11 +30,15 @@ class Arena:
             self._specs[block], self._at[block] = specs, (offset, round_up(nbytes))
             offset += round_up(nbytes)
         self.nbytes = offset
-        self.buffer = torch.empty(0, dtype=torch.uint8)
+        self.buffer = self._host = torch.empty(0, dtype=torch.uint8)
         self._views: dict[str, Tensor] = {}
 
-    def allocate(self) -> None:
-        self.buffer = aligned_buffer(self.nbytes)
+    def allocate(self, device: torch.device | str = "cpu", apart: bool = False) -> None:
+        """On `device`; where that is not the host (or `apart`), with a host copy to write from."""
+        device = torch.device(device)
+        self._host = self.buffer = aligned_buffer(self.nbytes, pin=device.type == "cuda")
+        if apart or device.type != "cpu":
+            self.buffer = torch.zeros_like(self._host, device=device)
         self._views = {
             spec.name: spec.view(self._part(block))
             for block, specs in self._specs.items()
@@ -48,13 +52,20 @@ class Arena:
         offset, nbytes = self._at[block]
         return self.buffer[offset : offset + nbytes]
 
+    def _host_part(self, block: str) -> Tensor:
+        offset, nbytes = self._at[block]
+        return self._host[offset : offset + nbytes]
+
     def view(self, key: str) -> Tensor:
         return self._views[key]
 
     def write(self, block: str, store: Store) -> None:
         """Begin to write a block's states; they must not change before the store is flushed."""
-        if self._at[block][1]:
-            store.write(f"arena/{block}", self._part(block))
+        if not self._at[block][1]:
+            return
+        if self._host is not self.buffer:
+            self._host_part(block).copy_(self._part(block))
+        store.write(f"arena/{block}", self._host_part(block))
 
     def load(self, store: Store) -> None:
         """Read everything back; what was never written becomes zeros."""
@@ -63,8 +74,10 @@ class Arena:
             if not nbytes:
                 continue
             if store.written(f"arena/{block}"):
-                transfers.append(store.read(f"arena/{block}", self._part(block)))
+                transfers.append(store.read(f"arena/{block}", self._host_part(block)))
             else:
-                self._part(block).zero_()
+                self._host_part(block).zero_()
         for transfer in transfers:
             transfer.wait()
+        if self._host is not self.buffer:
+            self.buffer.copy_(self._host)

@@ -212,7 +212,7 @@ class Engine:
         self.matrices = layout.matrices
         self.applier = layout.applier
         if self.applier is not None:
-            self.applier.attach(self.store, RING, layout.kept_states, device)
+            self.applier.attach(self.store, RING, layout.kept_states, device, apart)
         self._rest_buffer = aligned_buffer(layout.rest_bytes).to(device)
         anatomy = layout.anatomy
         self.rest: dict[str, nn.Parameter] = {}

@@ -48,13 +48,23 @@ def bytes_of(buffer: Tensor) -> memoryview:
     return memoryview(buffer.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
-def settle_malloc() -> bool:
-    """Make glibc return large blocks to the system at once and keep one arena, so that resident
-    memory is what is in use. False where the C library has no such setting, or the user has set it.
+_PRIMITIVES = "32"
 
-    Without it, small lasting allocations between large temporary ones freeze the heap at its
-    highest point; freed memory of one thread is of no use to another.
+
+def settle_malloc() -> bool:
+    """Keep resident memory at what is in use: matrix kernels and malloc. Call it before both.
+
+    oneDNN, and torch's cache over it, keep a compiled kernel with its buffers for each shape of a
+    product, 1024 of them by default: with rows of changing length that alone grew by 8 MiB a
+    length (measured; 32 hold the shapes of a layer).
+
+    glibc is made to return large blocks to the system at once and to keep one arena: otherwise
+    small lasting allocations between large temporary ones freeze the heap at its highest point, and
+    what one thread has freed is of no use to another. False where the C library has no such
+    setting, or the user has set it.
     """
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(name, _PRIMITIVES)
     if any(key.startswith("MALLOC_") for key in os.environ):
         return False
     try:

@@ -1,0 +1,230 @@
+"""The figures of one way to run a recipe. Those of a model in memory are here, those of a streamed
+one in `plan_streamed.py`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+
+from mnemic.train.offload.layout import TILE
+from mnemic.train.plan_guess import guessed_logits, guessed_training
+from mnemic.train.plan_layer import step_bytes
+from mnemic.train.plan_live import Counted, Fake, Peak, evaluating, fake, training
+from mnemic.train.plan_shapes import Shape, Shapes
+from mnemic.train.plan_sizes import (
+    checkpoint_bytes,
+    empty_model,
+    gradient_bytes,
+    state_bytes,
+    trained,
+    weight_bytes,
+)
+from mnemic.train.recipe.offload import NoOffload
+from mnemic.train.recipe.recipe import Recipe
+from mnemic.train.recipe.training import InBackwardUpdate, StreamedUpdate
+
+T = TypeVar("T")
+
+HEAP = 0.5
+"""What glibc's heap keeps beside what is in use, as a share of the most that was in use of blocks
+below 32 MiB, which it serves: 0.3 to 1 in the runs of docs/plan.md. Nothing where the run makes the
+heap give back (settle_malloc)."""
+
+
+@dataclass
+class Way:
+    """Bytes by part. `disk`: at the most, files by kind; `read`, `written`: of a step, past the
+    page cache; `checkpoint_written`: of checkpoints, per step.
+    """
+
+    name: str
+    overrides: list[str]
+    chosen: bool = False
+    refused: str = ""
+    host: dict[str, int] = field(default_factory=dict)
+    device: dict[str, int] = field(default_factory=dict)
+    peak: str = ""
+    disk: dict[str, int] = field(default_factory=dict)
+    read: int = 0
+    written: int = 0
+    checkpoint_written: int = 0
+    floor_seconds: float | None = None
+    endurance_steps: int | None = None
+    fits: bool = False
+    lacking: list[str] = field(default_factory=list)
+
+    @property
+    def host_bytes(self) -> int:
+        return sum(self.host.values())
+
+    @property
+    def device_bytes(self) -> int:
+        return sum(self.device.values())
+
+
+class Planner:
+    """One model without weights, measured as often as a way or a length of rows needs.
+
+    `base`: resident bytes of a process that has built nothing yet.
+    """
+
+    def __init__(self, recipe: Recipe, tokenizer: Any, device: torch.device, base: int) -> None:
+        self.tokenizer, self.device, self.base = tokenizer, device, base
+        self.model = empty_model(recipe, tokenizer, device)
+        self.parameters = sum(p.numel() for p in self.model.parameters())
+        self.trained = sum(p.numel() for _, p in trained(self.model))
+        self.weights = weight_bytes(recipe, self.model)
+        self.gradients = gradient_bytes(self.model)
+        self.largest = max((p.numel() for _, p in trained(self.model)), default=0)
+        self.state = state_bytes(recipe, self.model)
+        self.checkpoint = checkpoint_bytes(recipe, self.model)
+        full = self.trained == self.parameters
+        every = sum(p.numel() * p.element_size() for p in self.model.parameters())
+        self.result = every if full else self.gradients
+        self.fake: Fake = fake(self.model, device, recipe.loop.precision)
+        self.notes: list[str] = []
+        self.runs = True
+        self._trained: dict[Any, Counted] = {}
+
+    def fill(self, way: Way, recipe: Recipe, shapes: Shapes) -> None:
+        """Put the figures of `recipe` into `way`; `UserError` where it cannot be run so."""
+        if isinstance(recipe.update, StreamedUpdate):
+            from mnemic.train.plan_streamed import fill_streamed
+
+            fill_streamed(self, way, recipe, shapes)
+        else:
+            self._in_memory(way, recipe, shapes)
+
+    # A model in memory -----------------------------------------------------------------------
+
+    def _in_memory(self, way: Way, recipe: Recipe, shapes: Shapes) -> None:
+        mode = recipe.offload.activations
+        moves = mode == "ssd" or (mode == "host" and self.device.type != "cpu")
+        found = self._training(recipe, shapes, moves)
+        inside = isinstance(recipe.update, InBackwardUpdate)
+        peak, step = found.freed if inside else found.held, self.step_bytes(recipe)
+        moments = {"backward": peak, "optimizer step": Peak(self.gradients, step)}
+        if inside:
+            moments["backward"] = Peak(peak.gradients, peak.others + step)
+            del moments["optimizer step"]
+        moments |= self._evaluation(recipe, shapes)
+        way.peak = max(moments, key=lambda name: moments[name].total)
+        top = moments[way.peak]
+        small = found.small_freed if inside else found.small_held
+        parts = {
+            "weights": self.weights, "gradients": top.gradients, "optimizer state": self.state,
+            "activations": top.others,
+        }  # fmt: skip
+        way.host = {"imports": self.base, "data": shapes.data_bytes}
+        if self.device.type == "cpu":
+            way.host |= parts
+            way.host["heap"] = 0 if moves else int(HEAP * (small + step))
+        else:
+            way.device = parts
+            way.host["moved activations"] = found.moved if mode == "host" else 0
+        if mode == "ssd":
+            way.disk["activations"] = found.moved
+            way.read = way.written = found.moved * len(shapes.step)
+        self.add_checkpoints(way, recipe, self.checkpoint, commits=False)
+
+    def _training(self, recipe: Recipe, shapes: Shapes, moves: bool) -> Counted:
+        key, on = (tuple(shapes.step), moves), recipe.loop.gradient_checkpointing
+        if key not in self._trained:
+            self.checkpointing(on)
+            self._trained[key] = self.measured(
+                lambda: training(self.fake, shapes.step, moved=moves),
+                lambda: guessed_training(self.model, shapes.largest, on),
+            )
+        return self._trained[key]
+
+    def measured(self, measure: Callable[[], T], guess: Callable[[], T]) -> T:
+        """`measure()` on fake tensors; where the model cannot be run so, `guess()`, and a note."""
+        if not self.runs:
+            return guess()
+        try:
+            return measure()
+        except RuntimeError as error:
+            reason = next((x for x in str(error).splitlines() if x.strip()), repr(error))
+            self.notes.append(
+                f"activations are by formula: {type(self.model).__name__} does not run without "
+                f"values ({reason.strip()[:100]})"
+            )
+            self.runs = False
+            return guess()
+
+    def _evaluation(self, recipe: Recipe, shapes: Shapes) -> dict[str, Peak]:
+        found = {}
+        if shapes.evaluation is not None:
+            found["evaluation"] = self._forward(shapes.evaluation)
+        if shapes.prompts is not None and recipe.evaluation is not None:
+            first = self._forward(shapes.prompts)
+            cache = self.cache_bytes(shapes.prompts, recipe.evaluation.max_new_tokens)
+            found["generation"] = Peak(0, first.total + cache)
+        return found
+
+    def _forward(self, shape: Shape) -> Peak:
+        return self.measured(
+            lambda: evaluating(self.fake, shape),
+            lambda: Peak(0, guessed_logits(self.model, shape)),
+        )
+
+    # What the streamed ways use as well ------------------------------------------------------
+
+    def checkpointing(self, on: bool) -> None:
+        """As `loop.gradient_checkpointing` makes it."""
+        if on:
+            enable = getattr(
+                self.model, "activation_checkpointing_enable",
+                self.model.gradient_checkpointing_enable,
+            )  # fmt: skip
+            enable({"use_reentrant": False})
+            return
+        for module in self.model.modules():
+            if getattr(module, "gradient_checkpointing", False):
+                module.gradient_checkpointing = False
+
+    def step_bytes(self, recipe: Recipe) -> int:
+        """Temporaries of an optimizer's step of one tensor, by how each is written."""
+        part, size = recipe.optimizer, 4 * self.largest
+        streaming = isinstance(recipe.update, StreamedUpdate)
+        if part.kind == "adamw" and not streaming:
+            return 0  # one fused kernel
+        if part.kind in ("sgd", "adafactor", "muon", "galore"):
+            return size * {"sgd": 1, "adafactor": 3}.get(part.kind, 4)
+        eight_bit = "8bit" in (getattr(part, "rest", part.kind))
+        if streaming and not isinstance(recipe.offload, NoOffload):
+            eight_bit = eight_bit or recipe.offload.states == "8bit"
+        # Larger tensors are changed in parts (optim/adamw.py), streamed ones in tiles.
+        return step_bytes(min(self.largest, TILE if streaming else 2 * TILE), eight_bit=eight_bit)
+
+    def cache_bytes(self, shape: Shape, new_tokens: int) -> int:
+        """Keys and values of a generation; a layer's are copied when they grow."""
+        config = self.model.config.get_text_config()
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        width = getattr(config, "head_dim", None) or (
+            config.hidden_size // config.num_attention_heads
+        )
+        size = next(p.element_size() for p in self.model.parameters())
+        layer = 2 * heads * width * size * shape.rows * (shape.width + new_tokens)
+        return layer * (config.num_hidden_layers + 1)
+
+    def add_checkpoints(self, way: Way, recipe: Recipe, each: int, *, commits: bool) -> None:
+        """Kept ones, the one being written, the best one; and the result at the end."""
+        loop = recipe.loop
+        kept = loop.keep_checkpoints + 1 + (recipe.evaluation is not None)
+        if loop.steps is not None:
+            saved = loop.steps // loop.save_every + (0 if commits else 1)
+            kept = min(kept, saved + (recipe.evaluation is not None))
+        way.disk["checkpoints"] = kept * each
+        way.disk["result"] = self.result
+        way.checkpoint_written = each // loop.save_every
+
+    def describe(self) -> str:
+        config = self.model.config
+        text = config.get_text_config()
+        return (
+            f"{type(self.model).__name__}, {text.num_hidden_layers} layers of "
+            f"{text.hidden_size}, vocabulary {text.vocab_size:,}"
+        )
