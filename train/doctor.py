@@ -72,8 +72,8 @@ def _accelerator() -> dict[str, Any] | None:
 
 
 def measure_disk(path: Path) -> dict[str, Any]:
-    """Sequential write (with fsync) and read of `TEST_BYTES`; the read by O_DIRECT where that
-    works.
+    """Sequential write and read of `TEST_BYTES` as the offload engine does them: over the reserved
+    blocks of a file that has been written before, by O_DIRECT where that works, then fdatasync.
     """
     block = mmap.mmap(-1, 4 << 20)
     block.write(os.urandom(4 << 20))
@@ -86,19 +86,15 @@ def measure_disk(path: Path) -> dict[str, Any]:
     except OSError as error:
         return result | {"error": f"cannot be written: {error.strerror}"}
     try:
-        start = time.perf_counter()
-        for _ in range(TEST_BYTES // len(block)):
-            os.write(handle, block)
-        os.fsync(handle)
-        result["write_bytes_per_second"] = TEST_BYTES / (time.perf_counter() - start)
-        os.close(handle)
-        direct = getattr(os, "O_DIRECT", 0)
-        try:
-            handle = os.open(name, os.O_RDONLY | direct)
-            os.readv(handle, [block])
-            result["o_direct"] = bool(direct)
-        except OSError:
-            handle = os.open(name, os.O_RDONLY)
+        handle = _direct(handle, name, block, result)
+        for _ in range(2):
+            # The first time over, the file system marks its blocks as written.
+            os.lseek(handle, 0, os.SEEK_SET)
+            start = time.perf_counter()
+            for _ in range(TEST_BYTES // len(block)):
+                os.write(handle, block)
+            os.fsync(handle)
+            result["write_bytes_per_second"] = TEST_BYTES / (time.perf_counter() - start)
         os.lseek(handle, 0, os.SEEK_SET)
         start = time.perf_counter()
         while os.readv(handle, [block]):
@@ -110,6 +106,19 @@ def measure_disk(path: Path) -> dict[str, Any]:
         os.close(handle)
         os.unlink(name)
     return result
+
+
+def _direct(handle: int, name: str, block: Any, result: dict[str, Any]) -> int:
+    """The file opened past the page cache, where the file system takes that; else as it is."""
+    flag = getattr(os, "O_DIRECT", 0)
+    try:
+        direct = os.open(name, os.O_RDWR | flag)
+        os.write(direct, block)
+    except OSError:
+        return handle
+    os.close(handle)
+    result["o_direct"] = bool(flag)
+    return direct
 
 
 def _remarks(report: dict[str, Any]) -> list[str]:

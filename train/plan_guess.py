@@ -26,10 +26,11 @@ def guessed_training(model: Any, shape: Shape, checkpointing: bool) -> Counted:
     layers = config.num_hidden_layers
     saved = layers * inputs + 2 * one if checkpointing else layers * one
     logits = guessed_logits(model, shape)
+    two = 2 * max(grads, default=0)
     return Counted(
-        Peak(0, saved + logits + 2 * max(grads, default=0)), Peak(sum(grads), saved + logits),
-        saved, saved + sum(grads),
-    )  # fmt: skip
+        Peak(0, saved + logits + two, saved, logits + two),
+        Peak(sum(grads), saved + logits, saved, logits + sum(grads)),
+    )
 
 
 def guessed_logits(model: Any, shape: Shape) -> int:

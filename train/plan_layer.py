@@ -88,7 +88,7 @@ def layer(fake: Fake, anatomy: Anatomy, index: int, shape: Shape) -> Layer:
         torch.autograd.backward([out], [torch.empty_like(out)])
         for hook in hooks:
             hook.remove()
-        peak = live.freed
+        peak = live.freed.peak
     return Layer(
         hidden.nbytes, max(0, front), max(0, forward_most),
         max(0, peak.total - front - hidden.nbytes), peak.gradients,

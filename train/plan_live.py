@@ -22,7 +22,7 @@ from torch.utils.checkpoint import set_checkpoint_early_stop
 
 from mnemic.train.plan_shapes import Shape
 
-_SMALL = 32 << 20
+SMALL = 32 << 20
 """glibc never takes larger blocks from the heap (DEFAULT_MMAP_THRESHOLD_MAX)."""
 _MOVES = 1 << 20  # smallest saved storage that offload.activations moves, as offload/saved.py
 
@@ -30,11 +30,13 @@ _MOVES = 1 << 20  # smallest saved storage that offload.activations moves, as of
 @dataclass(frozen=True)
 class Peak:
     """Bytes at the moment of the most: `gradients`, and all `others` than weights and optimizer
-    state.
+    state. `small`, `large`: the most at any moment of what the heap serves, and of the rest.
     """
 
     gradients: int = 0
     others: int = 0
+    small: int = 0
+    large: int = 0
 
     @property
     def total(self) -> int:
@@ -44,21 +46,35 @@ class Peak:
 @dataclass(frozen=True)
 class Counted:
     """A step in two books: each gradient gone when it is there (`freed`), or all kept (`held`).
-    `small_...`: the most in blocks that the heap serves. `moved`: by `offload.activations`.
+    `moved`: by `offload.activations`.
     """
 
     freed: Peak
     held: Peak
-    small_freed: int
-    small_held: int
     moved: int = 0
+
+
+class _Book:
+    """Keeps the most of what it is shown."""
+
+    def __init__(self) -> None:
+        self.gradients = self.total = self.small = self.large = 0
+
+    def note(self, gradients: int, total: int, small: int) -> None:
+        self.small, self.large = max(self.small, small), max(self.large, total - small)
+        if total > self.total:
+            self.gradients, self.total = gradients, total
+
+    @property
+    def peak(self) -> Peak:
+        return Peak(self.gradients, self.total - self.gradients, self.small, self.large)
 
 
 class Live(TorchDispatchMode):
     """Counts storages that come and go; those of `own` (weights, buffers) do not count.
 
     Two books are kept: `freed`, where a gradient is gone once `use` was called with its parameter,
-    and `held`, where it stays. `small_freed`, `small_held`: the most of what the heap serves.
+    and `held`, where it stays.
     """
 
     def __init__(self, own: Iterable[Tensor]) -> None:
@@ -67,8 +83,7 @@ class Live(TorchDispatchMode):
         self._seen: dict[int, Any] = {}
         self._grads: dict[int, int] = {}
         self.live = self.small = self.gradients = self.used = self.used_small = 0
-        self.freed = self.held = Peak()
-        self.small_freed = self.small_held = 0
+        self.freed, self.held = _Book(), _Book()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -88,27 +103,24 @@ class Live(TorchDispatchMode):
         def gone(_: Any) -> None:
             del self._seen[key]
             self.live -= size
-            self.small -= size if size < _SMALL else 0
+            self.small -= size if size < SMALL else 0
             self.gradients -= self._grads.pop(key, 0)
 
         self._seen[key] = ref(storage, gone)
         self.live += size
-        self.small += size if size < _SMALL else 0
+        self.small += size if size < SMALL else 0
         self.note()
 
     def restart(self) -> None:
         """Begin anew to look for the highest."""
-        self.freed = self.held = Peak()
+        self.freed, self.held = _Book(), _Book()
         self.note()
 
     def note(self) -> None:
-        """Compare with the highest so far."""
-        self.small_freed = max(self.small_freed, self.small)
-        self.small_held = max(self.small_held, self.small + self.used_small)
-        if self.live > self.freed.total:
-            self.freed = Peak(self.gradients, self.live - self.gradients)
-        if self.live + self.used > self.held.total:
-            self.held = Peak(self.gradients + self.used, self.live - self.gradients)
+        self.freed.note(self.gradients, self.live, self.small)
+        self.held.note(
+            self.gradients + self.used, self.live + self.used, self.small + self.used_small
+        )
 
     def is_gradient(self, grad: Tensor) -> None:
         storage = grad.untyped_storage()
@@ -122,7 +134,7 @@ class Live(TorchDispatchMode):
             size = param.grad.untyped_storage().nbytes()
             param.grad = None
             self.used += size
-            self.used_small += size if size < _SMALL else 0
+            self.used_small += size if size < SMALL else 0
 
 
 @dataclass
@@ -213,7 +225,7 @@ def training(fake: Fake, shapes: Sequence[Shape], *, moved: bool = False) -> Cou
     for param in trained:
         param.grad = None
     each = saved.moved // len(shapes[-2:])
-    return Counted(live.freed, live.held, live.small_freed, live.small_held, each)
+    return Counted(live.freed.peak, live.held.peak, each)
 
 
 @torch.no_grad()
@@ -229,7 +241,7 @@ def evaluating(fake: Fake, shape: Shape) -> Peak:
             loss = token_loss(fake.model, batch)
         del loss
     fake.model.train()
-    return live.freed
+    return live.freed.peak
 
 
 class _Saved:

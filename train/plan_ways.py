@@ -11,7 +11,7 @@ import torch
 from mnemic.train.offload.layout import TILE
 from mnemic.train.plan_guess import guessed_logits, guessed_training
 from mnemic.train.plan_layer import step_bytes
-from mnemic.train.plan_live import Counted, Fake, Peak, evaluating, fake, training
+from mnemic.train.plan_live import SMALL, Counted, Fake, Peak, evaluating, fake, training
 from mnemic.train.plan_shapes import Shape, Shapes
 from mnemic.train.plan_sizes import (
     checkpoint_bytes,
@@ -27,10 +27,10 @@ from mnemic.train.recipe.training import InBackwardUpdate, StreamedUpdate
 
 T = TypeVar("T")
 
-HEAP = 0.5
-"""What glibc's heap keeps beside what is in use, as a share of the most that was in use of blocks
-below 32 MiB, which it serves: 0.3 to 1 in the runs of docs/plan.md. Nothing where the run makes the
-heap give back (settle_malloc)."""
+HEAP = 1.5
+"""glibc's heap serves blocks below 32 MiB, finds them by best fit, and hardly ever shrinks: it
+takes this many times the most that was in use of such blocks at any moment, and keeps it. Found by
+the runs of docs/plan.md. Once, where the run makes the heap give back (settle_malloc)."""
 
 
 @dataclass
@@ -77,6 +77,7 @@ class Planner:
         self.trained = sum(p.numel() for _, p in trained(self.model))
         self.weights = weight_bytes(recipe, self.model)
         self.gradients = gradient_bytes(self.model)
+        self.gradient_sizes = [p.numel() * p.element_size() for _, p in trained(self.model)]
         self.largest = max((p.numel() for _, p in trained(self.model)), default=0)
         self.state = state_bytes(recipe, self.model)
         self.checkpoint = checkpoint_bytes(recipe, self.model)
@@ -105,14 +106,21 @@ class Planner:
         found = self._training(recipe, shapes, moves)
         inside = isinstance(recipe.update, InBackwardUpdate)
         peak, step = found.freed if inside else found.held, self.step_bytes(recipe)
-        moments = {"backward": peak, "optimizer step": Peak(self.gradients, step)}
+        small = sum(size for size in self.gradient_sizes if size < SMALL)
+        moments = {
+            "backward": peak,
+            "optimizer step": Peak(self.gradients, step, small + step, self.gradients - small),
+        }
         if inside:
-            moments["backward"] = Peak(peak.gradients, peak.others + step)
+            moments["backward"] = Peak(
+                peak.gradients, peak.others + step, peak.small + step, peak.large
+            )
             del moments["optimizer step"]
         moments |= self._evaluation(recipe, shapes)
         way.peak = max(moments, key=lambda name: moments[name].total)
         top = moments[way.peak]
-        small = found.small_freed if inside else found.small_held
+        most = HEAP * max(p.small for p in moments.values())
+        most += max(p.large for p in moments.values())
         parts = {
             "weights": self.weights, "gradients": top.gradients, "optimizer state": self.state,
             "activations": top.others,
@@ -120,7 +128,7 @@ class Planner:
         way.host = {"imports": self.base, "data": shapes.data_bytes}
         if self.device.type == "cpu":
             way.host |= parts
-            way.host["heap"] = 0 if moves else int(HEAP * (small + step))
+            way.host["heap"] = 0 if moves else max(0, int(most) - top.total)
         else:
             way.device = parts
             way.host["moved activations"] = found.moved if mode == "host" else 0
@@ -161,7 +169,7 @@ class Planner:
         if shapes.prompts is not None and recipe.evaluation is not None:
             first = self._forward(shapes.prompts)
             cache = self.cache_bytes(shapes.prompts, recipe.evaluation.max_new_tokens)
-            found["generation"] = Peak(0, first.total + cache)
+            found["generation"] = Peak(0, first.total + cache, first.small + cache, first.large)
         return found
 
     def _forward(self, shape: Shape) -> Peak:
