@@ -45,6 +45,7 @@ def plan(
     default those of the offload; `tbw`: terabytes that the SSD is made to take.
     """
     notes: list[str] = []
+    folders = _folders(recipe, disk)
     tokenizer, known = _tokenizer(recipe, notes)
     device = run_device(recipe)
     machine = this_machine(device)
@@ -74,7 +75,7 @@ def plan(
         recipe.name, planner.describe(), planner.parameters, planner.trained, shown.note, machine,
         ways, totals if lengths and len(lengths) > 1 else {}, tbw=tbw, notes=notes,
     )  # fmt: skip
-    _measure_disk(report, recipe, disk)
+    _measure_disk(report, folders)
     for way in ways:
         _judge(way, report)
     return report
@@ -123,11 +124,11 @@ def _folders(recipe: Recipe, given: list[Path] | None) -> list[Path]:
     return [folder]
 
 
-def _measure_disk(report: Report, recipe: Recipe, given: list[Path] | None) -> None:
+def _measure_disk(report: Report, folders: list[Path]) -> None:
     """Speeds of the folders together, and their room."""
     from mnemic.train.doctor import measure_disk as measure
 
-    found = [measure(path) for path in _folders(recipe, given)]
+    found = [measure(path) for path in folders]
     report.disk = {"paths": [d["path"] for d in found]}
     report.disk["free_bytes"] = min(d["free_bytes"] for d in found) * len(found)
     for key in ("read_bytes_per_second", "write_bytes_per_second"):

@@ -18,7 +18,9 @@ from mnemic.train.recipe.recipe import Recipe
 if TYPE_CHECKING:
     from mnemic.train.plan_ways import Planner, Way
 
-_ON_DEVICE = ("layers", "vocabulary tiles", "state tiles", "rest", "gradient slots")
+_ON_DEVICE = (
+    "layers", "vocabulary tiles", "state tiles", "small states", "rest", "gradient slots",
+)  # fmt: skip
 """Parts of `Layout.resident` that have a second buffer on an accelerator."""
 
 

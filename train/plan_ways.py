@@ -27,7 +27,7 @@ from mnemic.train.recipe.training import InBackwardUpdate, StreamedUpdate
 
 T = TypeVar("T")
 
-HEAP = 1.5
+HEAP = 1.6
 """glibc's heap serves blocks below 32 MiB, finds them by best fit, and hardly ever shrinks: it
 takes this many times the most that was in use of such blocks at any moment, and keeps it. Found by
 the runs of docs/plan.md. Once, where the run makes the heap give back (settle_malloc)."""

@@ -164,8 +164,8 @@ def test_an_8b_model_is_planned_without_its_weights(tmp_path):
     layers = (PARAMETERS_8B - 2 * 128256 * 4096) * 2
     # Two slots of 32 stay; APOLLO-Mini writes weights and little else.
     assert streamed.host["layers"] == pytest.approx(2 * layers / 32, rel=1e-3)
-    moments = 2 * 128256 * 4096 * 12 * 2 // 2
-    assert streamed.written == pytest.approx(2 * PARAMETERS_8B + 2 * moments // 3, rel=0.02)
+    moments = 2 * 128256 * 4096 * 8  # of embedding and head, which have AdamW
+    assert streamed.written == pytest.approx(2 * PARAMETERS_8B + moments, rel=0.02)
     assert any("no tokenizer" in note for note in report.notes)
 
 
@@ -219,7 +219,7 @@ def test_store_and_checkpoint_are_the_sizes_of_the_files(tmp_path):
     run = tmp_path / "run"
     assert (run / "offload" / "data.bin").stat().st_size == found.disk["store"]
     checkpoint = run / "checkpoints" / "step-00000003" / "offload.bin"
-    assert checkpoint.stat().st_size == found.disk["checkpoints"] // 1
+    assert checkpoint.stat().st_size == found.disk["checkpoints"]
 
 
 # Neighbours and refusals -------------------------------------------------------------------------

@@ -1,18 +1,21 @@
 """The plan's bytes of a streamed step are the engine's own counters, to the last byte."""
 
+import copy
 from itertools import product
 
 import pytest
 import torch
-from streaming import Batches, one_step, streamed_update
+from streaming import Batches, first_model, one_step, streamed_update
 
+from mnemic.train.offload.engine import Engine, Settings, lay_out
+from mnemic.train.offload.skeleton import dissect, without_weights
+from mnemic.train.offload.transfer import read_model
 from mnemic.train.plan_traffic import traffic
 
 TILES = {"tile_elements": 1024, "small": 0}
 CASES = {
     "adamw fp32": ("adamw", {}),
     "adamw bf16, master": ("adamw", {"dtype": torch.bfloat16}),
-    "adamw bf16 states": ("adamw", {"dtype": torch.bfloat16, "states": "bf16"}),
     "adamw 8bit": ("adamw", {"dtype": torch.bfloat16, "states": "8bit"}),
     "apollo-mini": ("mini", {"dtype": torch.bfloat16}),
     "apollo-mini, vocabulary too": ("mini_all", {}),
@@ -65,3 +68,31 @@ def test_clipping_that_moves_more(clip, name, kind, tmp_path):
         assert [gradients] == spilled if spilled else gradients == (0, 0)
     finally:
         update.engine.close()
+
+
+@pytest.mark.parametrize("base", ["full", "int8", "nf4"])
+@pytest.mark.parametrize("name", ["llama", "llama_tied"])
+def test_a_frozen_base_is_read_and_never_written(name, base, tmp_path):
+    first = first_model(name)
+    model = without_weights(copy.deepcopy(first.config), torch.float32).requires_grad_(False)
+    # In the place of an adapter: trained, so in memory.
+    model.model.layers[0].input_layernorm.weight = torch.nn.Parameter(torch.ones(32))
+    names = {id(p): n for n, p in model.named_parameters()}
+    settings = Settings(folders=(tmp_path,), base=base, tile_elements=1024)
+    layout = lay_out(dissect(model), None, settings, names)
+    engine = Engine(
+        layout, settings, folder=tmp_path, names=names, device=torch.device("cpu")
+    )  # fmt: skip
+    engine.load(read_model(first))
+    objective = Batches(2)
+    try:
+        for step in range(1, 4):
+            before = engine.io.read_bytes, engine.io.written_bytes
+            batches = objective.microbatches(step)
+            engine.streamer.run(batches, objective, 1.0)
+        ids = torch.cat([batch.tensors["input_ids"].flatten() for batch in batches])
+        found = traffic(layout, settings, ids)
+        assert found.read == engine.io.read_bytes - before[0] > 0
+        assert found.written == engine.io.written_bytes - before[1] == 0
+    finally:
+        engine.close()
