@@ -1,7 +1,6 @@
 """From recipe parts to objects: tokenizer, model, optimizer, callbacks. One function a part."""
 
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from mnemic.train.data.formats import FormatError, as_example
 from mnemic.train.data.rows import Row
 from mnemic.train.data.stream import one_pass
 from mnemic.train.errors import UserError
+from mnemic.train.exact import checkpoint_layers, install
 from mnemic.train.objectives.base import Objective
 from mnemic.train.objectives.build import eval_rows, eval_stream, sft_tokenizer
 from mnemic.train.recipe.model import NoAdapters, QLora, SmolLM2, TinyModel
@@ -92,17 +92,9 @@ def build_model(recipe: Recipe, tokenizer: Any) -> Any:
                 raise UserError(f"model.weights=int8: {error}") from error
     except LoadError as error:
         raise UserError(f"model: {error}") from error
+    install(recipe.loop, model)
     if recipe.loop.gradient_checkpointing:
-        # transformers 5 renames it on the way; the first argument is the same.
-        enable = getattr(
-            model, "activation_checkpointing_enable", model.gradient_checkpointing_enable
-        )
-        # With parameters on NVMe, DeepSpeed 0.19 gives wrong gradients without a word when a layer
-        # is recomputed non-reentrantly.
-        reentrant = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
-        if reentrant and not isinstance(adapters, NoAdapters):
-            model.enable_input_require_grads()
-        enable({"use_reentrant": reentrant})
+        checkpoint_layers(recipe.loop, model, adapted=not isinstance(adapters, NoAdapters))
     return model
 
 
@@ -116,7 +108,7 @@ def add_adapters(recipe: Recipe, model: Any) -> Any:
         model, r=adapters.r, alpha=adapters.alpha, dropout=adapters.dropout,
         target_modules=adapters.target_modules, rslora=adapters.rslora,
         dora=adapters.kind == "dora", quantized=isinstance(adapters, QLora),
-        seed=recipe.loop.seed,
+        seed=recipe.loop.seed, freeze_a=adapters.freeze_a, compute=adapters.compute,
     )  # fmt: skip
 
 

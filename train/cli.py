@@ -47,6 +47,15 @@ def parser() -> argparse.ArgumentParser:
     plan.add_argument(
         "--tbw", type=float, default=600.0, help="terabytes that the disk may have written to it"
     )
+    plan.add_argument(
+        "--activations", action="store_true",
+        help="count activations under each combination of techniques, and name the cheapest",
+    )  # fmt: skip
+    plan.add_argument(
+        "--budget",
+        metavar="SIZE",
+        help="memory to fit into with --activations, such as 24GiB; default: what is free here",
+    )
 
     recipes = add("recipes", "list or copy the shipped recipes")
     actions = recipes.add_subparsers(dest="action", metavar="ls|cp", required=True)

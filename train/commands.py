@@ -17,6 +17,7 @@ from mnemic.train.recipe.load import (
     shipped_recipes,
     to_yaml,
 )
+from mnemic.train.recipe.recipe import Recipe
 
 log = logging.getLogger("mnemic")
 
@@ -62,8 +63,12 @@ def plan(args: Namespace) -> int:
     lengths = _lengths(args.length) if args.length else None
     if not args.tbw > 0:
         raise RecipeError("--tbw: must be above 0")
-    from mnemic.train.plan import plan as make
-    from mnemic.train.plan_show import as_values, show
+    if args.activations:
+        return _plan_activations(args, recipe, lengths)
+    if args.budget:
+        raise RecipeError("--budget: is for --activations; add that")
+    from mnemic.train.plan.plan import plan as make
+    from mnemic.train.plan.show import as_values, show
 
     disk = [Path(folder) for folder in args.disk or []]
     report = make(recipe, lengths=lengths, disk=disk, tbw=args.tbw)
@@ -71,6 +76,23 @@ def plan(args: Namespace) -> int:
         print(json.dumps(as_values(report), indent=1))
     else:
         show(report)
+    return 0
+
+
+def _plan_activations(args: Namespace, recipe: Recipe, lengths: list[int] | None) -> int:
+    from mnemic.train.plan.combinations import activations
+    from mnemic.train.plan.show_activations import as_values, show
+    from mnemic.train.recipe.offload import parse_size
+
+    try:
+        budget = parse_size(args.budget) if args.budget else None
+    except ValueError as error:
+        raise RecipeError(f"--budget: {error}") from None
+    table = activations(recipe, lengths=lengths, budget=budget)
+    if args.json:
+        print(json.dumps(as_values(table), indent=1))
+    else:
+        show(table)
     return 0
 
 

@@ -25,7 +25,9 @@ log = logging.getLogger("mnemic")
 _FREE = (
     "name", "run_dir", "track", "evaluation", "data.on_bad_row", "loop.steps", "loop.epochs",
     "loop.save_every", "loop.keep_checkpoints", "loop.resume", "loop.micro_batch_size",
-    "loop.device", "loop.gradient_checkpointing", "offload.ram_budget", "offload.activations",
+    "loop.device", "loop.gradient_checkpointing", "loop.checkpoint_every",
+    "loop.sequence_chunk", "loop.mlp_tile", "loop.loss", "tokens.probe_every",
+    "offload.ram_budget", "offload.activations",
     "offload.direct", "offload.trace",
 )  # fmt: skip
 

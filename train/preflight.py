@@ -87,6 +87,7 @@ def check_environment(recipe: Recipe) -> None:
         )
     check_optimizer(recipe.optimizer.kind)
     engines = [e for e in ("FSDP", "DEEPSPEED") if os.environ.get(f"ACCELERATE_USE_{e}") == "true"]
+    check_tokens_launch(recipe, engines)
     if recipe.update.kind == "streamed":
         check_streamed(recipe, engines)
     if recipe.update.kind == "in_backward" and engines:
@@ -107,6 +108,22 @@ def check_environment(recipe: Recipe) -> None:
             raise UserError(
                 f"model.path: {path} has no config.json; give a folder save_pretrained wrote"
             )
+
+
+def check_tokens_launch(recipe: Recipe, engines: list[str]) -> None:
+    """What token sparsity cannot be launched with, and whether its files are there."""
+    tokens = recipe.tokens
+    if tokens.kind == "none":
+        return
+    if "DEEPSPEED" in engines:
+        raise UserError(
+            f"tokens.kind={tokens.kind} looks into a layer's weights before DeepSpeed has gathered "
+            "them; set tokens=none, or launch with DDP or FSDP2"
+        )
+    for key in ("score_path", "thresholds"):
+        value = getattr(tokens, key)
+        if value and not Path(value).expanduser().exists():
+            raise UserError(f"tokens.{key}: {value} not found (from {Path.cwd()})")
 
 
 def check_streamed(recipe: Recipe, engines: list[str]) -> None:

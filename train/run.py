@@ -76,13 +76,15 @@ def _run(
     from mnemic.train.callbacks.console import ConsoleCallback
     from mnemic.train.callbacks.memory import MemoryCallback
     from mnemic.train.callbacks.metrics import MetricsFile
+    from mnemic.train.callbacks.tokens import TokensCallback
     from mnemic.train.export import export_model
     from mnemic.train.in_backward import InBackwardUpdate
     from mnemic.train.objectives.build import train_stream
     from mnemic.train.objectives.tokens import TokenObjective, keeps_packed_rows_apart
     from mnemic.train.offload.saved import saved_activations
     from mnemic.train.optimizers import build_optimizer
-    from mnemic.train.plan_fits import check_fits
+    from mnemic.train.plan.fits import check_fits
+    from mnemic.train.tokens import install_tokens
     from mnemic.train.trainer import Trainer
     from mnemic.train.update import DeepSpeedUpdate, PlainUpdate
 
@@ -115,6 +117,7 @@ def _run(
             stack.callback(streamed.close, folder.path)
             streamed.load(start, folder)
             model = streamed.model
+    sparsity = install_tokens(recipe, model, tokenizer)
     check_length(recipe, model)
     total_steps = count_steps(recipe, tokenizer)
     streams = train_stream(recipe, tokenizer, quiet=not accelerator.is_main_process)
@@ -154,6 +157,7 @@ def _run(
     callbacks: list[Callback] = [
         *([evaluation] if evaluation else []),
         memory,
+        *([TokensCallback(*sparsity)] if sparsity else []),
         MetricsFile(folder.metrics),
         ConsoleCallback(console),
     ]

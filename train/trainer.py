@@ -63,6 +63,7 @@ class Trainer:
         self.save_every, self.keep_checkpoints = save_every, keep_checkpoints
         self.step = 0
         self.tokens_seen = 0.0
+        self.latest: Any = None  # the last micro-batch, for callbacks that look closer
         self.stop_reason: str | None = None
         self.save_requested = False
         self.protected_steps: set[int] = set()

@@ -54,6 +54,7 @@ class Update(ABC):
         loss_sum = torch.zeros((), device=device)
         sums: dict[str, float] = {}
         for index, batch in enumerate(batches):
+            trainer.latest = batch
             with self.batch(last=index == len(batches) - 1):
                 with trainer.autocast(), self.saving():
                     loss, counts = trainer.objective.loss(trainer.model, batch.to(device))

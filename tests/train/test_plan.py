@@ -10,15 +10,16 @@ import torch
 from support import lm_tree, merge, rows_of, sft_tree, train_here, write_recipe
 
 from mnemic.models.tiny import byte_tokenizer, tiny_llama
-from mnemic.train import doctor, plan_fits, plan_machine, plan_ways
+from mnemic.train import doctor
 from mnemic.train.cli import main
 from mnemic.train.errors import UserError
 from mnemic.train.optimizers import build_optimizer
-from mnemic.train.plan import plan
-from mnemic.train.plan_fits import check_fits, least_bytes, neighbour
-from mnemic.train.plan_machine import Machine, memory_limit
-from mnemic.train.plan_shapes import Shape, shapes_of
-from mnemic.train.plan_sizes import empty_model, state_bytes, weight_bytes
+from mnemic.train.plan import fits, machine, ways
+from mnemic.train.plan.fits import check_fits, least_bytes, neighbour
+from mnemic.train.plan.machine import Machine, memory_limit
+from mnemic.train.plan.plan import plan
+from mnemic.train.plan.shapes import Shape, shapes_of
+from mnemic.train.plan.sizes import empty_model, state_bytes, weight_bytes
 from mnemic.train.recipe.load import build_recipe
 
 CPU = torch.device("cpu")
@@ -136,7 +137,7 @@ def test_peaks_of_real_runs_are_within_a_tenth_of_the_plan(tmp_path):
     found = json.loads(command("plan", recipe, "--json", cwd=tmp_path))
     planned = {w["name"]: w["host_bytes"] for w in found["ways"]}
     for name in ("plain", "streamed ssd"):
-        update, offload = plan_fits.WAYS[name]
+        update, offload = fits.WAYS[name]
         run = f"run_dir={tmp_path / update}"
         command("train", recipe, f"update={update}", f"offload={offload}", run, cwd=tmp_path)
         steps = [r for r in rows_of(tmp_path / update, perf=True) if r["step"] > 1]
@@ -154,9 +155,9 @@ def test_an_8b_model_is_planned_without_its_weights(tmp_path):
         "loop": {"gradient_checkpointing": True, "precision": "bf16"},
     }
     recipe = build_recipe(lm_tree(tmp_path, **changes))
-    before = plan_machine.resident_bytes() or 0
+    before = machine.resident_bytes() or 0
     report = plan(recipe)
-    assert (plan_machine.resident_bytes() or 0) - before < 1 << 30
+    assert (machine.resident_bytes() or 0) - before < 1 << 30
     assert report.parameters == PARAMETERS_8B
     assert way(report, "plain").host["weights"] - 2 * PARAMETERS_8B < 4096  # rotary buffers
     assert way(report, "plain").host_bytes > 4 * PARAMETERS_8B
@@ -186,7 +187,7 @@ def test_a_model_that_needs_values_is_planned_by_formula(tmp_path, monkeypatch):
         raise RuntimeError("aten.nonzero needs values")
 
     for name in ("training", "evaluating"):
-        monkeypatch.setattr(plan_ways, name, refuse)
+        monkeypatch.setattr(ways, name, refuse)
     guessed = plan(recipe)
     assert "aten.nonzero" in guessed.notes[-1]
     for name in ("plain", "streamed ssd"):
@@ -245,8 +246,8 @@ def test_the_recipe_itself_is_a_neighbour_unchanged(tmp_path):
 
 
 def limited(monkeypatch, nbytes):
-    machine = Machine(nbytes, nbytes, "RAM")
-    monkeypatch.setattr(plan_fits, "this_machine", lambda _: machine)
+    small = Machine(nbytes, nbytes, "RAM")
+    monkeypatch.setattr(fits, "this_machine", lambda _: small)
 
 
 def test_what_cannot_fit_is_refused_before_anything_is_built(tmp_path, monkeypatch):
@@ -276,8 +277,8 @@ def test_the_quick_look_never_hides_a_run_that_is_too_large(tmp_path):
                 tmp_path, model={"hidden_size": size, "layers": 3}, optimizer={"kind": kind}
             )
             recipe = build_recipe(tree)
-            most = plan_fits._most_bytes(recipe)
-            for name in plan_fits.WAYS:
+            most = fits._most_bytes(recipe)
+            for name in fits.WAYS:
                 parts = least_bytes(neighbour(recipe, name), TOKENIZER, CPU)
                 assert sum(parts.values()) < most
 
@@ -285,7 +286,7 @@ def test_the_quick_look_never_hides_a_run_that_is_too_large(tmp_path):
 def test_limits_of_the_machine(tmp_path, monkeypatch):
     ram, _ = memory_limit()
     (tmp_path / "memory.max").write_text("1048576\n")
-    monkeypatch.setattr(plan_machine, "_groups", lambda: [tmp_path])
+    monkeypatch.setattr(machine, "_groups", lambda: [tmp_path])
     assert memory_limit() == (1 << 20, f"the control group {tmp_path}")
     (tmp_path / "memory.max").write_text("max\n")
     assert memory_limit()[0] == ram

@@ -10,7 +10,7 @@ from streaming import Batches, first_model, one_step, streamed_update
 from mnemic.train.offload.engine import Engine, Settings, lay_out
 from mnemic.train.offload.skeleton import dissect, without_weights
 from mnemic.train.offload.transfer import read_model
-from mnemic.train.plan_traffic import traffic
+from mnemic.train.plan.traffic import traffic
 
 TILES = {"tile_elements": 1024, "small": 0}
 CASES = {

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -33,6 +34,14 @@ class TokenBatch:
         else:
             hidden, targets = hidden[:, self.columns], self.targets
         return hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+
+    def predicting(self) -> Tensor:
+        """Which positions (B, T), bool, have a target."""
+        ids = self.inputs["input_ids"]
+        found = torch.zeros_like(ids, dtype=torch.bool)
+        columns = slice(0, ids.shape[1] - 1) if self.columns is None else self.columns
+        found[:, columns] = self.targets != IGNORE
+        return found
 
 
 class Objective(ABC):

@@ -1,6 +1,7 @@
 """Objectives over token rows, `lm` and `sft`: one stream of `Example`s, one cross-entropy."""
 
 import inspect
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mnemic.models.exact.loss import loss_head
 from mnemic.train.data.collate import Batch, collate
 from mnemic.train.data.rows import BadRows
 from mnemic.train.data.stream import Stage, take
@@ -73,11 +75,11 @@ def base_of(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def token_batch(batch: Batch, *, all_columns: bool = False) -> TokenBatch:
-    """The batch's model inputs and targets; `all_columns` where the model cannot leave any out."""
+def token_batch(batch: Batch) -> TokenBatch:
+    """The batch's model inputs and targets."""
     inputs = {k: v for k, v in batch.tensors.items() if k not in ("labels", "logit_columns")}
     targets = batch.tensors["labels"][:, 1:]
-    columns = None if all_columns else batch.tensors.get("logit_columns")
+    columns = batch.tensors.get("logit_columns")
     return TokenBatch(inputs, columns, targets if columns is None else targets[:, columns])
 
 
@@ -85,24 +87,73 @@ def token_loss(model: Any, batch: Batch) -> Tensor:
     """Sum of the next-token cross-entropies at labelled tokens, fp32.
 
     The head runs only at columns in which some row has a target (exact: other logits have no
-    gradient), so a batch of long prompts and short completions never holds (B, T, V) logits.
+    gradient), and past some 16 M logits never on all of them at once (models/exact/loss.py).
+    """
+    found = token_batch(batch)
+    streamer = getattr(base_of(model), "streamer", None)
+    if streamer is not None:
+        return -streamer.logprobs(found).sum()
+    return _losses(model, found, summed=True)[0]
+
+
+def token_logprobs(model: Any, found: TokenBatch) -> Tensor:
+    """log p of the batch's targets, fp32 (N,), with gradients: for objectives that are functions of
+    them.
     """
     streamer = getattr(base_of(model), "streamer", None)
     if streamer is not None:
-        return -streamer.logprobs(token_batch(batch)).sum()
-    keeps = _accepts_logits_to_keep(type(base_of(model)))
-    found = token_batch(batch, all_columns=not keeps)
-    targets = found.targets
-    if found.columns is not None:
-        logits = model(**found.inputs, use_cache=False, logits_to_keep=found.columns).logits
+        return streamer.logprobs(found)
+    losses, targets = _losses(model, found, summed=False)
+    return -losses[targets != IGNORE]
+
+
+def _losses(model: Any, found: TokenBatch, *, summed: bool) -> tuple[Tensor, Tensor]:
+    """Cross-entropies fp32 of some rows (N,), or their sum; and the rows' targets (N,)."""
+    base = base_of(model)
+    sparsity = base.__dict__.get("token_sparsity")
+    if sparsity is not None and not sparsity.begin(found.inputs, found.predicting()):
+        sparsity = None
+    keeps = _accepts_logits_to_keep(type(base))
+    columns = found.columns if keeps else None
+    kwargs = {} if columns is None else {"logits_to_keep": columns}
+    head, targets = loss_head(base), found.targets
+
+    def pick(hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """When the layers have run, and it is known which tokens they kept."""
+        nonlocal targets
+        trained = found if sparsity is None else _trained(found, sparsity)
+        if columns is None:
+            hidden, targets = trained.pick(hidden)
+        else:
+            hidden, targets = hidden.flatten(0, 1), trained.targets.reshape(-1)
+        return hidden, targets
+
+    rows = found.targets.numel() if keeps else found.inputs["input_ids"].numel()
+    if head.wanted(rows):
+        with head.asking(pick, summed=summed) as answer:
+            model(**found.inputs, use_cache=False, **kwargs)
+        assert answer.losses is not None
+        losses = answer.losses
     else:
-        logits = model(**found.inputs, use_cache=False).logits[:, :-1]
-    return F.cross_entropy(
-        logits.reshape(-1, logits.shape[-1]).float(),
-        targets.reshape(-1),
-        ignore_index=IGNORE,
-        reduction="sum",
-    )
+        logits, targets = pick(model(**found.inputs, use_cache=False, **kwargs).logits)
+        if found.columns is None:
+            # The last column has no target: not a copy of it.
+            batch, width = found.inputs["input_ids"].shape
+            logits = logits.view(batch, width, -1)[:, :-1].flatten(0, 1)
+            targets = targets.view(batch, width)[:, :-1].reshape(-1)
+        losses = F.cross_entropy(
+            logits.float(), targets, ignore_index=IGNORE, reduction="sum" if summed else "none"
+        )
+    return losses if sparsity is None else losses * sparsity.loss_factor, targets
+
+
+def _trained(found: TokenBatch, sparsity: Any) -> TokenBatch:
+    """Without the targets of positions that token sparsity took out of the loss."""
+    dropped = sparsity.loss_dropped()
+    if dropped is None:
+        return found
+    dropped = dropped[:, :-1] if found.columns is None else dropped[:, found.columns]
+    return replace(found, targets=found.targets.masked_fill(dropped, IGNORE))
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from mnemic.optim.apollo import Apollo
 from mnemic.optim.groups import decay_groups
 from mnemic.train.build import add_adapters, model_folder
 from mnemic.train.errors import UserError
+from mnemic.train.exact import install
 from mnemic.train.offload.activations import layer_inputs
 from mnemic.train.offload.copies import DATA, adopt
 from mnemic.train.offload.engine import Engine, Layout, Settings, lay_out
@@ -88,6 +89,7 @@ def skeleton(recipe: Recipe, tokenizer: Any, device: torch.device) -> Any:
         except LoadError as error:
             raise UserError(f"model: {error}") from error
         tie(model.get_base_model())
+    install(recipe.loop, model)
     return model
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mnemic.models.exact.loss import scaling_of
 from mnemic.optim.apollo import Apollo
 from mnemic.train.errors import UserError
 from mnemic.train.offload.activations import LayerInputs
@@ -20,7 +21,7 @@ from mnemic.train.offload.files import Backend, HostMemory, SsdFile
 from mnemic.train.offload.io import Io, Trace
 from mnemic.train.offload.layout import TILE, Spec, Tiling, pack
 from mnemic.train.offload.memory import aligned_buffer
-from mnemic.train.offload.skeleton import Anatomy, head_scaling
+from mnemic.train.offload.skeleton import Anatomy
 from mnemic.train.offload.spill import Spill, gradient_pieces
 from mnemic.train.offload.store import Piece, Plan, Store
 from mnemic.train.offload.streamer import Streamer
@@ -223,7 +224,7 @@ class Engine:
         bias = getattr(anatomy.head, "bias", None)
         self.vocabulary = Vocabulary(
             self.matrices[0], self.matrices[-1], self.store, self.tiles,
-            bias=None if bias is None else bias, scaling=head_scaling(anatomy.model.config),
+            bias=None if bias is None else bias, scaling=scaling_of(anatomy.model.config),
             autocast=autocast,
         )  # fmt: skip
         self.inputs = inputs or LayerInputs()

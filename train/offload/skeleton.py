@@ -126,17 +126,3 @@ def set_forward(module: nn.Module, function: Callable[..., Any]) -> Callable[...
     own = module.forward
     module.forward = function  # type: ignore[method-assign]
     return own
-
-
-def head_scaling(config: Any) -> tuple[float, float | None]:
-    """(factor, soft cap) that the model puts on its logits: Cohere multiplies, Granite divides,
-    Gemma 2 caps.
-    """
-    text = config.get_text_config()
-    factor = 1.0
-    if getattr(text, "logit_scale", None):
-        factor = float(text.logit_scale)
-    if getattr(text, "logits_scaling", None):
-        factor = 1.0 / float(text.logits_scaling)
-    cap = getattr(text, "final_logit_softcapping", None)
-    return factor, None if cap is None else float(cap)

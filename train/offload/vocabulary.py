@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mnemic.models.exact.loss import Scaling
 from mnemic.optim.tiled import TiledStep
 from mnemic.train.offload.apply import Applier
 from mnemic.train.offload.cache import Cache
@@ -61,17 +62,19 @@ class HeadInput:
 
 
 class Vocabulary:
-    """`embedding` and `head` are one object where they are tied. `scaling`: (factor, soft cap) of
-    the logits; `bias` (V,) or None; `autocast` makes the context of each product.
+    """`embedding` and `head` are one object where they are tied. `scaling` of the
+    logits; `bias` (V,) or None; `autocast` makes the context of each product.
     """
 
     def __init__(
         self, embedding: Matrix, head: Matrix, store: Store, cache: Cache, *,
-        bias: Tensor | None = None, scaling: tuple[float, float | None] = (1.0, None),
+        bias: Tensor | None = None, scaling: Scaling | None = None,
         autocast: Callable[[], Any] = nullcontext,
     ) -> None:  # fmt: skip
         self.embedding, self.head, self.store, self.cache = embedding, head, store, cache
-        self.bias, (self.factor, self.cap), self.autocast = bias, scaling, autocast
+        scaling = scaling or Scaling()
+        self.bias, self.factor, self.cap = bias, scaling.factor, scaling.cap
+        self.autocast = autocast
 
     @property
     def tied(self) -> bool:

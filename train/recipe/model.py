@@ -103,6 +103,15 @@ class Lora(Part):
     """`all-linear` (every linear layer but the head), one module name, or a list of them."""
     rslora: bool = False
     """Scale by alpha / sqrt(r) (arXiv 2312.03732)."""
+    freeze_a: bool = False
+    """LoRA-FA (arXiv 2308.03303): A stays as it was drawn, so no layer input is kept for its
+    gradient.
+    """
+    compute: Literal["model", "fp32"] = "model"
+    """Type that adapters compute in; their weights are fp32 either way. model: that of the hidden
+    states. fp32: as peft does, which keeps an fp32 copy of each adapted layer's input for the
+    backward (a third of all that is kept).
+    """
 
 
 class Dora(Lora):

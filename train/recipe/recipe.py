@@ -10,6 +10,7 @@ from mnemic.train.recipe.model import Adapters, Model, NoAdapters, TinyModel
 from mnemic.train.recipe.offload import NoOffload, Offload
 from mnemic.train.recipe.offload_check import check_offload
 from mnemic.train.recipe.optimizer import Optimizer
+from mnemic.train.recipe.tokens import NoTokens, Tokens, check_tokens
 from mnemic.train.recipe.training import (
     Evaluation,
     LmObjective,
@@ -44,6 +45,8 @@ class Recipe(Part):
     """When gradients become weights."""
     offload: Offload = NoOffload()
     """Where weights, optimizer states and saved activations lie."""
+    tokens: Tokens = NoTokens()
+    """Which tokens layers run on: fewer make long rows cheap, and change the result."""
     loop: Loop
     """How long, how much at once, what is kept."""
     evaluation: Evaluation | None = None
@@ -94,6 +97,7 @@ class Recipe(Part):
         problems += check_offload(
             self.model, self.adapters, self.optimizer, self.update, self.offload
         )
+        problems += check_tokens(self.tokens, self.adapters, self.objective, self.update, self.loop)
         if problems:
             raise ValueError("\n".join(problems))
         return self

@@ -147,6 +147,20 @@ class Loop(Part):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward: less memory, about a third more time, the same result.
     """
+    checkpoint_every: int = Field(1, ge=1)
+    """With `gradient_checkpointing`: recompute every n-th layer only."""
+    sequence_chunk: int | None = Field(None, ge=16)
+    """Run each layer forward and backward in chunks of so many tokens (multiples of 64 are fast):
+    no more than a chunk of a layer is ever held, and layer inputs. The same result to round-off.
+    """
+    mlp_tile: Literal["none", "auto"] | Annotated[int, Field(ge=16)] = "none"
+    """Run each MLP in tiles of so many tokens, made again in the backward; auto tiles rows past
+    8,192 tokens. The same result to round-off.
+    """
+    loss: Literal["auto", "logits", "chunked"] = "auto"
+    """How the loss is had from the last hidden states: with all logits, without ever making them
+    all, or by their size. The same result to round-off.
+    """
     save_every: int = Field(100, ge=1)
     """Steps between checkpoints; one is always written at the end and on SIGINT or SIGTERM."""
     keep_checkpoints: int = Field(2, ge=1)
@@ -164,6 +178,16 @@ class Loop(Part):
             raise ValueError(
                 f"batch_size={self.batch_size} is not a multiple of "
                 f"micro_batch_size={self.micro_batch_size}; change one of the two"
+            )
+        if self.checkpoint_every > 1 and not self.gradient_checkpointing:
+            raise ValueError(
+                f"checkpoint_every={self.checkpoint_every} has no effect without "
+                "gradient_checkpointing: true"
+            )
+        if self.sequence_chunk and self.checkpoint_every > 1:
+            raise ValueError(
+                f"sequence_chunk={self.sequence_chunk} recomputes every layer; set "
+                "checkpoint_every to 1, or sequence_chunk to null"
             )
         return self
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from mnemic.train.offload.skeleton import Anatomy, set_forward
 from mnemic.train.offload.vocabulary import _LOGITS as LOGITS
-from mnemic.train.plan_live import Fake
-from mnemic.train.plan_shapes import Shape
+from mnemic.train.plan.live import Fake
+from mnemic.train.plan.shapes import Shape
 
 
 class _Arrived(Exception):

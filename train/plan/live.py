@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import set_checkpoint_early_stop
 
-from mnemic.train.plan_shapes import Shape
+from mnemic.train.plan.shapes import Shape
 
 SMALL = 32 << 20
 """glibc never takes larger blocks from the heap (DEFAULT_MMAP_THRESHOLD_MAX)."""
@@ -58,10 +58,11 @@ class _Book:
     """Keeps the most of what it is shown."""
 
     def __init__(self) -> None:
-        self.gradients = self.total = self.small = self.large = 0
+        self.gradients = self.total = self.small = self.large = self.others = 0
 
     def note(self, gradients: int, total: int, small: int) -> None:
         self.small, self.large = max(self.small, small), max(self.large, total - small)
+        self.others = max(self.others, total - gradients)
         if total > self.total:
             self.gradients, self.total = gradients, total
 

@@ -7,16 +7,16 @@ from mnemic.train.offload.engine import Layout
 from mnemic.train.offload.memory import round_up
 from mnemic.train.offload.skeleton import dissect
 from mnemic.train.offload.spill import gradient_pieces
-from mnemic.train.plan_guess import guessed_layer
-from mnemic.train.plan_layer import Layer, head_bytes, layer
-from mnemic.train.plan_shapes import Shape, Shapes
-from mnemic.train.plan_sizes import gradient_bytes, quiet, state_bytes
-from mnemic.train.plan_traffic import spread_ids, traffic
+from mnemic.train.plan.guess import guessed_layer
+from mnemic.train.plan.layer import Layer, head_bytes, layer
+from mnemic.train.plan.shapes import Shape, Shapes
+from mnemic.train.plan.sizes import gradient_bytes, quiet, state_bytes
+from mnemic.train.plan.traffic import spread_ids, traffic
 from mnemic.train.recipe.offload import NoOffload
 from mnemic.train.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
-    from mnemic.train.plan_ways import Planner, Way
+    from mnemic.train.plan.ways import Planner, Way
 
 _ON_DEVICE = (
     "layers", "vocabulary tiles", "state tiles", "small states", "rest", "gradient slots",
@@ -77,7 +77,7 @@ def _work(
     """Bytes of layer inputs, and of each moment of a step (gradients, all that is at work)."""
     model = planner.model
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    planner.checkpointing(False)
+    planner.checkpointing(None)
     anatomy = dissect(inner)
     largest = max(range(len(layout.blocks)), key=lambda i: layout.block_bytes[i])
     weights = layout.block_bytes[largest] if layout.applier else 0

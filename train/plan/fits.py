@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mnemic.train.errors import UserError
-from mnemic.train.plan_machine import this_machine
+from mnemic.train.plan.machine import this_machine
 from mnemic.train.recipe.load import build_recipe, dump_recipe
 from mnemic.train.recipe.model import PretrainedModel, SmolLM2, TinyModel
 from mnemic.train.recipe.recipe import Recipe
@@ -73,7 +73,7 @@ def check_fits(recipe: Recipe, tokenizer: Any, device: Any) -> None:
 def least_bytes(recipe: Recipe, tokenizer: Any, device: Any) -> dict[str, int]:
     """What the recipe takes at the least, by part."""
     from mnemic.train.offload.build import streamed
-    from mnemic.train.plan_sizes import (
+    from mnemic.train.plan.sizes import (
         empty_model,
         gradient_bytes,
         largest_gradient,
@@ -83,7 +83,7 @@ def least_bytes(recipe: Recipe, tokenizer: Any, device: Any) -> dict[str, int]:
     )
 
     if isinstance(recipe.update, StreamedUpdate):
-        from mnemic.train.plan_streamed import least_streamed
+        from mnemic.train.plan.streamed import least_streamed
 
         with quiet():
             return least_streamed(recipe, streamed(recipe, tokenizer, device))

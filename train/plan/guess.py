@@ -10,15 +10,15 @@ from typing import Any
 
 import torch
 
-from mnemic.train.plan_layer import Layer
-from mnemic.train.plan_live import Counted, Peak
-from mnemic.train.plan_shapes import Shape
+from mnemic.train.plan.layer import Layer
+from mnemic.train.plan.live import Counted, Peak
+from mnemic.train.plan.shapes import Shape
 
 _SAVED = 17  # values of 16 bits for each token and channel
 
 
 def guessed_training(model: Any, shape: Shape, checkpointing: bool) -> Counted:
-    """As `plan_live.training` counts it."""
+    """As `live.training` counts it."""
     config = model.config.get_text_config()
     grads = [p.numel() * p.element_size() for p in model.parameters() if p.requires_grad]
     one, size = _layer(model, shape), _size(model)

@@ -56,6 +56,15 @@ def quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
+def describe(model: Any) -> str:
+    """`LlamaForCausalLM, 32 layers of 4096, vocabulary 128,256`."""
+    text = model.config.get_text_config()
+    return (
+        f"{type(model).__name__}, {text.num_hidden_layers} layers of {text.hidden_size}, "
+        f"vocabulary {text.vocab_size:,}"
+    )
+
+
 def trained(model: nn.Module) -> list[tuple[str, Tensor]]:
     return [(n, p) for n, p in model.named_parameters() if p.requires_grad]
 

@@ -4,8 +4,8 @@ from dataclasses import asdict
 from typing import Any
 
 from mnemic.train.callbacks.console import duration, size
-from mnemic.train.plan import Report
-from mnemic.train.plan_ways import Way
+from mnemic.train.plan.plan import Report
+from mnemic.train.plan.ways import Way
 
 _WIDTH = 18
 _EXACT = {

@@ -1,5 +1,5 @@
 """The figures of one way to run a recipe. Those of a model in memory are here, those of a streamed
-one in `plan_streamed.py`.
+one in `streamed.py`.
 """
 
 from collections.abc import Callable
@@ -8,13 +8,15 @@ from typing import Any, TypeVar
 
 import torch
 
+from mnemic.train.exact import checkpoint_layers
 from mnemic.train.offload.layout import TILE
-from mnemic.train.plan_guess import guessed_logits, guessed_training
-from mnemic.train.plan_layer import step_bytes
-from mnemic.train.plan_live import SMALL, Counted, Fake, Peak, evaluating, fake, training
-from mnemic.train.plan_shapes import Shape, Shapes
-from mnemic.train.plan_sizes import (
+from mnemic.train.plan.guess import guessed_logits, guessed_training
+from mnemic.train.plan.layer import step_bytes
+from mnemic.train.plan.live import SMALL, Counted, Fake, Peak, evaluating, fake, training
+from mnemic.train.plan.shapes import Shape, Shapes
+from mnemic.train.plan.sizes import (
     checkpoint_bytes,
+    describe,
     empty_model,
     gradient_bytes,
     state_bytes,
@@ -23,7 +25,7 @@ from mnemic.train.plan_sizes import (
 )
 from mnemic.train.recipe.offload import NoOffload
 from mnemic.train.recipe.recipe import Recipe
-from mnemic.train.recipe.training import InBackwardUpdate, StreamedUpdate
+from mnemic.train.recipe.training import InBackwardUpdate, Loop, StreamedUpdate
 
 T = TypeVar("T")
 
@@ -92,7 +94,7 @@ class Planner:
     def fill(self, way: Way, recipe: Recipe, shapes: Shapes) -> None:
         """Put the figures of `recipe` into `way`; `UserError` where it cannot be run so."""
         if isinstance(recipe.update, StreamedUpdate):
-            from mnemic.train.plan_streamed import fill_streamed
+            from mnemic.train.plan.streamed import fill_streamed
 
             fill_streamed(self, way, recipe, shapes)
         else:
@@ -140,7 +142,7 @@ class Planner:
     def _training(self, recipe: Recipe, shapes: Shapes, moves: bool) -> Counted:
         key, on = (tuple(shapes.step), moves), recipe.loop.gradient_checkpointing
         if key not in self._trained:
-            self.checkpointing(on)
+            self.checkpointing(recipe.loop)
             self._trained[key] = self.measured(
                 lambda: training(self.fake, shapes.step, moved=moves),
                 lambda: guessed_training(self.model, shapes.largest, on),
@@ -180,18 +182,13 @@ class Planner:
 
     # What the streamed ways use as well ------------------------------------------------------
 
-    def checkpointing(self, on: bool) -> None:
-        """As `loop.gradient_checkpointing` makes it."""
-        if on:
-            enable = getattr(
-                self.model, "activation_checkpointing_enable",
-                self.model.gradient_checkpointing_enable,
-            )  # fmt: skip
-            enable({"use_reentrant": False})
-            return
+    def checkpointing(self, loop: Loop | None) -> None:
+        """As `loop.gradient_checkpointing` makes it; None: off."""
         for module in self.model.modules():
             if getattr(module, "gradient_checkpointing", False):
                 module.gradient_checkpointing = False
+        if loop is not None and loop.gradient_checkpointing:
+            checkpoint_layers(loop, self.model, adapted=self.trained != self.parameters)
 
     def step_bytes(self, recipe: Recipe) -> int:
         """Temporaries of an optimizer's step of one tensor, by how each is written."""
@@ -230,9 +227,4 @@ class Planner:
         way.checkpoint_written = each // loop.save_every
 
     def describe(self) -> str:
-        config = self.model.config
-        text = config.get_text_config()
-        return (
-            f"{type(self.model).__name__}, {text.num_hidden_layers} layers of "
-            f"{text.hidden_size}, vocabulary {text.vocab_size:,}"
-        )
+        return describe(self.model)

@@ -11,10 +11,10 @@ from typing import Any
 
 from mnemic.train.build import build_tokenizer
 from mnemic.train.errors import RecipeError, UserError
-from mnemic.train.plan_fits import WAYS, neighbour
-from mnemic.train.plan_machine import Machine, imports_bytes, run_device, this_machine
-from mnemic.train.plan_shapes import Shapes, shapes_of
-from mnemic.train.plan_ways import Planner, Way
+from mnemic.train.plan.fits import WAYS, neighbour
+from mnemic.train.plan.machine import Machine, imports_bytes, run_device, this_machine
+from mnemic.train.plan.shapes import Shapes, shapes_of
+from mnemic.train.plan.ways import Planner, Way
 from mnemic.train.recipe.recipe import Recipe
 
 
@@ -46,7 +46,7 @@ def plan(
     """
     notes: list[str] = []
     folders = _folders(recipe, disk)
-    tokenizer, known = _tokenizer(recipe, notes)
+    tokenizer, known = known_tokenizer(recipe, notes)
     device = run_device(recipe)
     machine = this_machine(device)
     base = imports_bytes(recipe, device)
@@ -81,7 +81,7 @@ def plan(
     return report
 
 
-def _tokenizer(recipe: Recipe, notes: list[str]) -> tuple[Any, bool]:
+def known_tokenizer(recipe: Recipe, notes: list[str]) -> tuple[Any, bool]:
     """The recipe's, or one that stands in where the model's folder has none."""
     try:
         return build_tokenizer(recipe), True

@@ -1,0 +1,1 @@
+"""What a recipe will take (`plan.py`), and its activations by technique (`combinations.py`)."""
