@@ -155,9 +155,11 @@ def visible(positions: Tensor, keys: int, mask: Tensor | None, rows: Any) -> Ten
     return found
 
 
-def plain_forward(layer: nn.Module) -> Callable[..., Any]:
-    """The layer's own forward, neither checkpointed nor in chunks."""
-    own: Any = layer.forward
+def plain_forward(layer: nn.Module, own: Any = None) -> Callable[..., Any]:
+    """The layer's own forward, neither checkpointed nor in chunks. `own`: what to begin with, where
+    something else stands in front of it (a streamed model's).
+    """
+    own = own or layer.forward
     while hasattr(own, "own"):
         own = own.own
 

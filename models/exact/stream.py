@@ -203,7 +203,7 @@ class _Forward:
             return own(hidden_states, *args, **kwargs)
         params = [p for p in layer.parameters() if p.requires_grad]
         named = by_name(layer, args, kwargs)
-        call = _Call(layer, plain_forward(layer), named, chunk)
+        call = _Call(layer, plain_forward(layer, own), named, chunk)
         if torch.is_grad_enabled() and (hidden_states.requires_grad or params):
             return _Streamed.apply(call, hidden_states, *params)
         return _forward(call, hidden_states)
