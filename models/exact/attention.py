@@ -112,12 +112,12 @@ class _Captured(Exception):
     """Queries, keys and values are there: the rest of the layer is not wanted."""
 
 
-@torch.no_grad()
 def capture(
     layer: nn.Module, run: Callable[..., Any], hidden: Tensor, *args: Any, **kwargs: Any
 ) -> tuple[Tensor, Tensor, Tensor, float]:
     """(query (B, Hq, S, D), key (B, Hk, S, D), value, scaling) of `layer` on `hidden`: the cost of
-    one norm and three projections. `run`: the layer's forward.
+    one norm and three projections, with gradients where they are enabled. `run`: the layer's
+    forward.
     """
     found: list[Any] = []
 

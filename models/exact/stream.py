@@ -169,7 +169,7 @@ def _keys_and_values(
     """Of the whole sequence, chunk by chunk, without the attention itself."""
     found: Any = None
     for chunk, replay in zip(chunks, replays, strict=True):
-        with replay():
+        with torch.no_grad(), replay():
             _, key, value, _ = capture(call.layer, call.run, hidden[:, chunk], **call.part(chunk))
         if found is None:
             found = [_room(t, hidden.shape[1]) for t in (key, value)]

@@ -56,7 +56,7 @@ class _Rows:
 
 class _Attention(torch.autograd.Function):
     """`query`, `key`, `value`: the selected tokens' (B, h, T, D); `keys`, `values`: of all tokens,
-    constants but for the selected ones.
+    in which the selected ones' are replaced.
     """
 
     @staticmethod
@@ -88,7 +88,12 @@ class _Attention(torch.autograd.Function):
                 for total, own in zip(sums, found[1:], strict=True):
                     total[row, :, :end] += own[0]
         dkey, dvalue = (_pick(s, rows.index).to(key.dtype) for s in sums)
-        return None, dquery, dkey, dvalue, None, None
+        wholes = [None, None]
+        if ctx.needs_input_grad[4]:
+            # The selected rows' own came in the place of these.
+            places = rows.index[:, None, :, None].expand_as(dkey)
+            wholes = [s.scatter_(2, places, 0).to(key.dtype) for s in sums]
+        return None, dquery, dkey, dvalue, *wholes
 
 
 @torch.no_grad()
@@ -160,7 +165,8 @@ class SelectedForward:
         if chosen is None:
             return self.own(hidden_states, *args, **kwargs)
         constant = hidden_states.detach()
-        _, keys, values, _ = capture(self.layer, plain_forward(self.layer), constant, **named)
+        with torch.no_grad():
+            _, keys, values, _ = capture(self.layer, plain_forward(self.layer), constant, **named)
         others = left_out(chosen, constant.shape[1])
         whole = constant
         if others.shape[1]:

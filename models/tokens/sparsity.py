@@ -32,7 +32,6 @@ from mnemic.models.tokens.rows import (
     gather_rows,
     recount,
     scatter_rows,
-    take,
 )
 from mnemic.models.tokens.scores import SCORES, Look, Score
 from mnemic.models.tokens.select import Row, choose
@@ -231,7 +230,7 @@ class TokenSparsity:
                 self.forward.whole = hidden
                 if self.config.attend == "all":
                     others = left_out(chosen, hidden.shape[1])
-                    self.forward.left[number] = others, take(hidden.detach(), others)
+                    self.forward.left[number] = others, gather_rows(hidden, others)
                 hidden = gather_rows(hidden, chosen)
             self.forward.calls[index] = named
             if self.config.attend == "all":

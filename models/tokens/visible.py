@@ -7,8 +7,8 @@ So nothing that the context holds is out of reach in training, and a model train
 new when it is run densely. LeMo and random-LTD hide dropped tokens.
 
 The left states are the same for all layers of a run and are kept once; under checkpointing keys
-and values are made again in the backward. Through a dropped token's keys and values goes no
-gradient.
+and values are made again in the backward. Gradients go through them, so that early layers learn
+what late ones read there: the backward is the exact one of this forward.
 """
 
 from collections.abc import Callable
@@ -58,7 +58,6 @@ class VisibleForward:
             return rows
         return run(hidden_states, seen.left)
 
-    @torch.no_grad()
     def _keys_and_values(self, seen: Seen, left: Tensor) -> list[Tensor]:
         """(B, h, S, D) each, zero where tokens are kept, which bring their own."""
         call = cut_call(seen.named, seen.others)
@@ -67,7 +66,6 @@ class VisibleForward:
         found = []
         for part in parts:
             whole = part.new_zeros(*part.shape[:2], length, part.shape[3])
-            for row, which in enumerate(seen.others):
-                whole[row].index_copy_(1, which, part[row])
-            found.append(whole)
+            places = seen.others[:, None, :, None].expand_as(part)
+            found.append(whole.scatter(2, places, part))
         return found
