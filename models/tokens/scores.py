@@ -5,7 +5,7 @@ the layer's checkpoint, so a recomputed layer has the same tokens.
 
 lemo: largest ReLU(q k^T) over heads in blocks of 64 x 64, summed over queries (arXiv 2501.09767).
 attention: how much the queries that predict a target attend to it. model: the same, in a small
-model, before the forward begins (after SpeContext, arXiv 2512.00722). innovation: how badly a
+model, before the forward begins (after SpeContext). innovation: how badly a
 token's hidden state is foretold by those before it (after B'MOJO, arXiv 2407.06324). norm: length
 of the hidden state. window: the last tokens. random: any.
 """

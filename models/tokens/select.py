@@ -70,7 +70,7 @@ def choose(
     if config.thresholds is not None and row.planned is None:
         if layer not in config.thresholds:
             raise ValueError(
-                f"thresholds has none for layer {layer}; profile them with the same layers and share"
+                f"thresholds has none for layer {layer}; profile with the same layers and share"
             )
         above = relative(value, row) >= config.thresholds[layer]
     count = row.count(config, keep, above)

@@ -1,4 +1,4 @@
-"""Exact forward, gradients through selected tokens (TokenTune, EMNLP 2024, arXiv 2501.18545).
+"""Exact forward, gradients through selected tokens (TokenTune, EMNLP 2024, arXiv 2501.18824).
 
 Each layer runs twice: without gradients on the tokens that were not selected, with gradients on
 the selected ones, whose queries attend to all keys before them; keys and values of the others are
@@ -9,11 +9,12 @@ The attention is computed some queries at a time and again in the backward: Toke
 keeps a mask of selected x all positions for each layer, which is most of what it saves at 8K.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.checkpoint import checkpoint
 
 from mnemic.models.exact.attention import (
@@ -38,12 +39,19 @@ class _Rows:
     def __init__(self, module: nn.Module, index: Tensor, mask: Tensor | None, kw: Any) -> None:
         self.module, self.index, self.mask, self.kw = module, index, mask, kw
 
-    def parts(self) -> Any:
-        """(row of the batch, slice of queries, number of keys that they see)."""
-        for row, places in enumerate(self.index):
-            for start in range(0, len(places), _QUERIES):
-                part = slice(start, start + _QUERIES)
-                yield row, part, int(places[part][-1]) + 1
+    def parts(self, length: int) -> Iterator[tuple[int, slice, int]]:
+        """(row of the batch, slice of queries, number of the `length` keys that they see)."""
+        rows, count = self.index.shape
+        slices = [slice(s, min(s + _QUERIES, count)) for s in range(0, count, _QUERIES)]
+        last = [part.stop - 1 for part in slices]
+        if isinstance(self.index, FakeTensor):
+            # Shapes without content (mnemic plan): tokens at even distances.
+            ends = [[-(-length * (i + 1) // count) for i in last]] * rows
+        else:
+            ends = (self.index[:, last] + 1).tolist()
+        for row in range(rows):
+            for part, end in zip(slices, ends[row], strict=True):
+                yield row, part, end
 
     def __call__(self, row: int, part: slice, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         places, mask = self.index[row, part], self.mask
@@ -78,7 +86,7 @@ class _Attention(torch.autograd.Function):
         dquery = torch.empty_like(query)
         sums = [torch.zeros_like(w, dtype=torch.float32) for w in wholes]
         with ctx.replay():
-            for row, part, end in rows.parts():
+            for row, part, end in rows.parts(keys.shape[2]):
                 with torch.enable_grad():
                     leaves = [query[row : row + 1, :, part].detach().requires_grad_()]
                     leaves += [w[row : row + 1, :, :end].detach().requires_grad_() for w in wholes]
@@ -99,7 +107,7 @@ class _Attention(torch.autograd.Function):
 @torch.no_grad()
 def _attend(rows: _Rows, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     found: Any = None
-    for row, part, end in rows.parts():
+    for row, part, end in rows.parts(keys.shape[2]):
         own = (t[row : row + 1, :, :end] for t in (keys, values))
         out = rows(row, part, query[row : row + 1, :, part], *own)
         if found is None:
@@ -188,6 +196,7 @@ class SelectedForward:
 
 def left_out(index: Tensor, length: int) -> Tensor:
     """The tokens (B, S - K) that `index` (B, K) leaves out, sorted."""
-    free = torch.ones(len(index), length, dtype=torch.bool, device=index.device)
-    free.scatter_(1, index, False)
-    return free.nonzero()[:, 1].view(len(index), length - index.shape[1])
+    chosen = torch.zeros(len(index), length, dtype=torch.int8, device=index.device)
+    chosen.scatter_(1, index, 1)
+    # Not nonzero(), whose shape depends on the content.
+    return chosen.argsort(dim=1, stable=True)[:, : length - index.shape[1]]

@@ -1,5 +1,5 @@
-"""Keep sets from a small model's attention, before the large one begins (after SpeContext, arXiv
-2512.00722: what a small model attends to is what a large one needs).
+"""Keep sets from a small model's attention, before the large one begins (after SpeContext: what a
+small model attends to is what a large one needs).
 
 One forward of the small model, in which each attention also notes how much the supervised queries
 attend to each token. The same tokens stay in every run of layers.

@@ -4,12 +4,15 @@ import json
 from pathlib import Path
 
 import pytest
-from support import TEXT, mnemic, rows_of
+from support import TEXT, mnemic, rows_of, write_jsonl
 
 from mnemic.models.smollm2 import ModelUnavailable, ensure_smollm2
 from mnemic.train.recipe.load import shipped_recipes
 
 ACCELERATE = Path(__file__).parent.parent.parent / "recipes" / "accelerate"
+
+LONG = ["data.path=rows.jsonl", "loop.steps=3", "evaluation.every=3", "loop.save_every=2",
+        "evaluation.max_rows=2"]  # fmt: skip
 
 # What makes each recipe small. A shipped recipe without an entry fails the first test.
 SHRUNK = {
@@ -27,7 +30,12 @@ SHRUNK = {
                     "loop.save_every=2", "objective.seq_len=32", "evaluation.max_rows=2"],
     "lowmem_lora": ["data.size=20", "loop.steps=3", "evaluation.every=3", "loop.save_every=2",
                     "evaluation.data.size=2", "evaluation.max_new_tokens=4"],
+    "long_context_exact": ["objective.max_length=96", "loop.sequence_chunk=32", *LONG],
+    "long_context_sparse": ["objective.max_length=96", "tokens.block=8", "tokens.probe_every=2",
+                            *LONG],
 }  # fmt: skip
+PLANNED = {"long_context_qwen3_8b"}
+"""Recipes for machines that this is not: validated and planned."""
 
 
 @pytest.fixture(scope="module")
@@ -40,15 +48,23 @@ def real_model():
 
 
 def test_every_recipe_is_run_by_a_test():
-    assert SHRUNK.keys() == shipped_recipes().keys()
+    assert SHRUNK.keys() | PLANNED == shipped_recipes().keys()
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("name", SHRUNK)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow) if n == "long_context_exact" else n for n in SHRUNK],
+)
 def test_a_shrunk_recipe_runs_resumes_and_exports(tmp_path, name, request, fork_server):
     if not name.startswith("pretrain"):
         request.getfixturevalue("real_model")
     (tmp_path / "text.txt").write_text(TEXT * 3)
+    long = [
+        {"prompt": f"{TEXT[i * 40 : i * 40 + 200]} Which line? ", "completion": f"line {i}"}
+        for i in range(20)
+    ]
+    write_jsonl(tmp_path / "rows.jsonl", long)
     done = mnemic("train", name, *SHRUNK[name], cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     run = tmp_path / "runs" / name
@@ -64,6 +80,13 @@ def test_a_shrunk_recipe_runs_resumes_and_exports(tmp_path, name, request, fork_
     )
     # Six steps teach bytes nothing, so that answer may be empty.
     assert status == 0 and (answer.strip() or name.startswith("pretrain")), answer
+
+
+@pytest.mark.parametrize("name", sorted(PLANNED))
+def test_a_planned_recipe_is_valid(name, tmp_path):
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": "b"}])
+    done = mnemic("validate", name, f"data.path={rows}", cwd=tmp_path)
+    assert done.returncode == 0 and "valid; it would train" in done.stdout, done.stderr
 
 
 @pytest.mark.slow

@@ -142,3 +142,65 @@ def test_bench_offload_writes_its_ratios(tmp_path):
     assert ours["first_loss"] == pytest.approx(ram["first_loss"], abs=1e-2)
     assert ours["last_loss"] == pytest.approx(ram["last_loss"], abs=2e-2)
     assert table["1M ours_mini"]["written_per_step"] < ours["written_per_step"]
+
+
+def test_the_picture_of_kept_tokens_is_that_of_the_run(tmp_path, monkeypatch, capsys):
+    """One strip, its columns those that the layers kept; text escaped; supervised underlined."""
+    import re
+
+    from support import write_jsonl
+
+    rows = [{"prompt": f"<b>{TEXT[i : i + 50]}</b>", "completion": "yes"} for i in range(8)]
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "name: plot\nmodel: {kind: tiny, layers: 4}\noptimizer: {kind: adamw, lr: 1e-3}\n"
+        f"data: {{kind: jsonl, path: {write_jsonl(tmp_path / 'rows.jsonl', rows)}}}\n"
+        "objective: {kind: sft}\nloop: {steps: 1, batch_size: 1}\n"
+        "tokens: {kind: protect, block: 4}\n"
+    )
+    out = tmp_path / "tokens.html"
+    plot = load("plot_tokens")
+    monkeypatch.setattr(sys, "argv", ["plot", str(recipe), "--out", str(out), "tokens.keep=0.6"])
+    plot.main()
+    page = out.read_text()
+    assert "&lt;" in page and "<b>" not in page
+    assert "layers 1 to 3" in page and 'class="s"' in page
+    bars = [int(width) for width in re.findall(r'<rect x="\d+" width="(\d+)"', page)]
+    tokens = page.count("<span")
+    assert page.count('title="kept by') == sum(bars) and 0.5 < sum(bars) / tokens < 0.8
+    assert f"{tokens} tokens, {sum(bars) / tokens:.0%} kept by 3 layers" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["plot", str(recipe), "tokens=none"])
+    with pytest.raises(SystemExit, match="add tokens=protect"):
+        plot.main()
+
+
+def test_long_rows_hold_the_passage_of_their_question(tmp_path, monkeypatch):
+    article = {
+        "paragraphs": [
+            {"context": f"Passage {i}. " + "word " * 30,
+             "qas": [{"question": f"Which is {i}?", "answers": [{"text": f"Passage {i}"}]}]}
+            for i in range(5)
+        ]
+    }  # fmt: skip
+    squad, out = tmp_path / "squad.json", tmp_path / "rows.jsonl"
+    squad.write_text(json.dumps({"data": [article]}))
+    argv = ["long_rows", str(squad), str(out), "--characters", "1000", "--rows", "4"]
+    monkeypatch.setattr(sys, "argv", argv)
+    load("long_rows").main()
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert len(rows) == 4 and all(len(row["prompt"]) > 1000 for row in rows)
+    assert all(row["completion"].strip() in row["prompt"] for row in rows)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_bench_tokens_writes_its_ratios(tmp_path):
+    report = quick("bench_tokens", tmp_path)
+    assert report["ratios"].keys() == {
+        "exact_saved_vs_dense", "protect_speed_vs_exact", "lemo_memory_vs_dense",
+        "lemo_speed_vs_dense",
+    }  # fmt: skip
+    assert report["ratios"]["exact_saved_vs_dense"] > 10
+    assert all(row["saved_bytes"] > 0 and row["cpu_seconds"] > 0 for row in report["rows"])
+    dropped = {row["name"]: row["supervised_dropped"] for row in report["rows"]}
+    assert dropped["protect"] == 0 < dropped["lemo, no checkpoint"]
