@@ -26,9 +26,8 @@ MALLOC = {
 ARMS = [
     "dense", "dense, peft's fp32 adapters", "checkpoint", "loss without logits",
     "checkpoint + loss", "checkpoint + loss + tiled mlp", "sequence chunks + loss", "token_tune",
-    "token_tune + checkpoint", "random-ltd", "lemo, no checkpoint", "lemo",
-    "protect, no checkpoint", "protect", "protect, keep 0.25", "protect, dropped gone",
-    "protect, dropped gone + chunks", "truncation to half",
+    "random-ltd", "lemo, no checkpoint", "lemo", "protect", "protect, keep 0.5",
+    "drop", "drop, no checkpoint", "drop, visible", "drop + sequence chunks", "truncation to half",
 ]  # fmt: skip
 ALL = ["dense", "checkpoint", "loss without logits", "checkpoint + loss", "loss subsampling"]
 

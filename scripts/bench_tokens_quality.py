@@ -28,22 +28,22 @@ from mnemic.models.tokens.sparsity import TokenSparsity
 from mnemic.train.data.collate import collate
 from mnemic.train.data.tokenize import Example
 from mnemic.train.objectives.tokens import base_of, token_loss
-from mnemic.train.recipe.tokens import Lemo, Protect, RandomLtd, TokenTune
+from mnemic.train.recipe.tokens import Drop, Lemo, Protect, RandomLtd, TokenTune
 from mnemic.train.tokens import to_config
 
 KEEP = 0.5
 ARMS: dict[str, Any] = {
     "dense": None,
     "protect": Protect(block=16),
+    "protect, keep 0.5": Protect(block=16, keep=0.5),
     "protect, score lemo": Protect(block=16, score="lemo"),
     "protect, score random": Protect(block=16, score="random"),
-    "protect, score norm": Protect(block=16, score="norm"),
-    "protect, score innovation": Protect(block=16, score="innovation"),
-    "protect, half": Protect(block=16, layers="half"),
-    "protect, dense end": Protect(block=16, ramp=0.2, dense_end=0.2),
-    "gone": Protect(block=16, attend="kept"),
-    "gone, score lemo": Protect(block=16, attend="kept", score="lemo"),
-    "gone, score random": Protect(block=16, attend="kept", score="random"),
+    "drop": Drop(block=16),
+    "drop, visible": Drop(block=16, attend="all"),
+    "drop, score lemo": Drop(block=16, score="lemo"),
+    "drop, score random": Drop(block=16, score="random"),
+    "drop, half": Drop(block=16, layers="half"),
+    "drop, dense end": Drop(block=16, ramp=0.2, dense_end=0.2),
     "truncation": "truncate",
     "lemo": Lemo(keep=KEEP),
     "random-ltd": RandomLtd(),

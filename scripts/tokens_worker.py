@@ -23,7 +23,7 @@ from mnemic.train.callbacks.tokens import SavedBytes
 from mnemic.train.data.collate import Batch, collate
 from mnemic.train.data.tokenize import Example
 from mnemic.train.objectives.tokens import token_loss
-from mnemic.train.recipe.tokens import Lemo, Protect, RandomLtd, TokenTune
+from mnemic.train.recipe.tokens import Drop, Lemo, Protect, RandomLtd, TokenTune
 from mnemic.train.tokens import to_config
 
 ANSWER = 128
@@ -38,15 +38,15 @@ ARMS: dict[str, tuple[set[str], Any]] = {
     "checkpoint + loss + tiled mlp": (EXACT | {"tile"}, None),
     "sequence chunks + loss": ({"stream", "loss"}, None),
     "token_tune": ({"loss"}, TokenTune()),
-    "token_tune + checkpoint": (EXACT, TokenTune()),
     "random-ltd": (EXACT, RandomLtd(ramp=0.0, dense_end=0.0)),
     "lemo, no checkpoint": ({"loss"}, Lemo()),
     "lemo": (EXACT, Lemo()),
-    "protect, no checkpoint": ({"loss"}, Protect()),
     "protect": (EXACT, Protect()),
-    "protect, keep 0.25": (EXACT, Protect(keep=0.25)),
-    "protect, dropped gone": (EXACT, Protect(attend="kept")),
-    "protect, dropped gone + chunks": ({"stream", "loss"}, Protect(attend="kept")),
+    "protect, keep 0.5": (EXACT, Protect(keep=0.5)),
+    "drop": (EXACT, Drop()),
+    "drop, no checkpoint": ({"loss"}, Drop()),
+    "drop, visible": (EXACT, Drop(attend="all")),
+    "drop + sequence chunks": ({"stream", "loss"}, Drop()),
     "truncation to half": (EXACT, "truncate"),
     "loss subsampling": (EXACT, "subsample"),
 }

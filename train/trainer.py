@@ -339,6 +339,7 @@ class Trainer:
         return (
             f"step {step}: out of memory on {self.accelerator.device.type} with {rows} rows of "
             f"{width} tokens at once; set {smaller}loop.gradient_checkpointing=true (same result), "
-            "for long rows loop.sequence_chunk=1024 (same result), adapters=lora, or shorter rows, and run again: "
+            "for long rows loop.sequence_chunk=1024 (same result), adapters=lora, or shorter rows, "
+            "and run again: "
             + (f"it goes on from step {saved[-1][0]}" if saved else "no checkpoint was written yet")
         )

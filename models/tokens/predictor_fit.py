@@ -74,10 +74,13 @@ def fit(
     steps: int = 400,
     lr: float = 3e-3,
     seed: int = 0,
+    shrink: float = 0.0,
 ) -> Predictors:
     """Predictors of `layers`, trained `steps` times on one of `batches`, input ids (B, S) each.
-    They begin with `2 * rank` hidden units in each net. On disk meanwhile: 2 bytes for each
-    number of a hidden state, layer and token. ValueError for nothing to train (on).
+    They begin with `2 * rank` hidden units in each net. `shrink`: weight in the loss of the mean
+    activation, which makes units die that are not worth it, for pruning to take. On disk
+    meanwhile: 2 bytes for each number of a hidden state, layer and token. ValueError for nothing
+    to train (on).
     """
     if not batches or not layers:
         raise ValueError("predictors need at least one batch of text and one layer")
@@ -100,8 +103,8 @@ def fit(
             with torch.random.fork_rng():
                 torch.manual_seed(seed + i)
                 predictor = PatternPredictor(width, (2 * rank, 2 * rank), rank, block).to(device)
-            before += sum(p.numel() for p in predictor.parameters())
-            _train(predictor, files[i], truths[i], steps, lr, seed + i)
+                before += sum(p.numel() for p in predictor.parameters())
+                _train(predictor, files[i], truths[i], steps, lr, seed + i, shrink)
             found[i] = predictor
             del files[i]
     return Predictors(found, before).requires_grad_(False)
@@ -119,6 +122,7 @@ def _train(
     steps: int,
     lr: float,
     seed: int,
+    shrink: float,
 ) -> None:
     device = predictor.decay.device
     generator = torch.Generator().manual_seed(seed)
@@ -128,6 +132,7 @@ def _train(
     mass = sum(float(t.sum()) for t in truths) / sum(_seen(t) for t in truths)
     for net in (predictor.query, predictor.key):
         torch.nn.init.orthogonal_(net.into.weight)
+    predictor.train()
     optimizer = torch.optim.Adam(predictor.parameters(), lr)
     schedule = [s * steps // (_PRUNINGS + 1) for s in range(1, _PRUNINGS + 1)]
     dead, seen, prunings = None, 0, 0
@@ -137,6 +142,8 @@ def _train(
         truth = truths[which].to(device) / max(mass, 1e-12)
         found, units = predictor.map(x, x.new_ones(*x.shape[:2], 1))
         loss = _loss(found, truth, float(torch.rand((), generator=generator)))
+        if shrink:
+            loss = loss + shrink * (units[0].mean() + units[1].mean())
         optimizer.zero_grad()
         loss.backward()
         for group in optimizer.param_groups:
@@ -158,6 +165,7 @@ def _train(
         with torch.no_grad():
             net.into.weight.div_(spread)
             net.into.bias.sub_(net.into.weight @ mean)
+    predictor.eval()
 
 
 def prune(net: BlockNet, dead: Tensor, limit: float) -> int:

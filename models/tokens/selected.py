@@ -1,21 +1,22 @@
-"""Exact forward, gradients through selected tokens (TokenTune, EMNLP 2024, arXiv 2501.18824).
+"""Exact forward, gradients through selected tokens (after TokenTune, EMNLP 2024, arXiv 2501.18824).
 
-Each layer runs twice: without gradients on the tokens that were not selected, with gradients on
-the selected ones, whose queries attend to all keys before them; keys and values of the others are
-constants. So logits are the dense model's, and what the backward needs is the selected tokens' part
-of a layer plus keys and values of the whole row.
+A layer runs densely and keeps its input, no graph. In the backward it runs again for the selected
+tokens only, whose queries attend to all keys before them; keys and values of the others are
+constants. So loss and logits are the dense model's, the backward is as much shorter as there are
+fewer tokens, and it is known by then what the forward attended to. TokenTune draws the tokens, and
+draws them before.
 
-The attention is computed some queries at a time and again in the backward: TokenTune's own code
-keeps a mask of selected x all positions for each layer, which is most of what it saves at 8K.
+The attention of the selected rows is computed some queries at a time and again in its backward:
+TokenTune's own code keeps a mask of selected x all positions for each layer, which is most of what
+it saves at 8K.
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils.checkpoint import checkpoint
 
 from mnemic.models.exact.attention import (
     attend_rows,
@@ -27,7 +28,8 @@ from mnemic.models.exact.attention import (
     visible,
 )
 from mnemic.models.exact.recompute import Replay
-from mnemic.models.tokens.rows import cut_angles, gather_rows, scatter_rows, take
+from mnemic.models.tokens.kernels import scatter_rows_
+from mnemic.models.tokens.rows import cut_angles, take
 
 _QUERIES = 256
 """Queries at once."""
@@ -159,39 +161,77 @@ def cut_call(named: dict[str, Any], index: Tensor) -> dict[str, Any]:
     return kwargs
 
 
+class Chosen(Protocol):
+    """What a forward knows of its tokens."""
+
+    def attended(self, query: Tensor, key: Tensor, scaling: float, mask: Any) -> None:
+        """Called in each layer with queries and keys as its attention gets them."""
+
+    def selected(self) -> Tensor:
+        """The tokens (B, K) that gradients go through; asked for when the forward is done."""
+        ...
+
+
+class _Selected(torch.autograd.Function):
+    """A whole layer without a graph, and the backward of some of its rows."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, layer: nn.Module, named: dict[str, Any], chosen: Chosen, hidden: Tensor,
+        *params: Tensor,
+    ) -> Tensor:  # fmt: skip
+        ctx.layer, ctx.named, ctx.chosen = layer, named, chosen
+        ctx.replay = Replay(hidden.device)
+        ctx.save_for_backward(hidden, *params)
+        module = attention_of(layer)
+
+        def attend(_: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kw: Any):
+            scale = kw.get("scaling")
+            chosen.attended(query, key, query.shape[-1] ** -0.5 if scale is None else scale, mask)
+            return attend_rows(module, query, key, value, mask, **kw)
+
+        with attending(module, attend):
+            out = plain_forward(layer)(hidden, **named)
+        return out[0] if isinstance(out, tuple) else out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (grad,), (hidden, *params) = grads, ctx.saved_tensors
+        hidden = hidden.detach()
+        index = ctx.chosen.selected()
+        wanted = [p for p, need in zip(params, ctx.needs_input_grad[4:], strict=True) if need]
+        with ctx.replay():
+            with torch.no_grad():
+                run = plain_forward(ctx.layer)
+                _, keys, values, _ = capture(ctx.layer, run, hidden, **ctx.named)
+            with torch.enable_grad():
+                rows = take(hidden, index).requires_grad_(ctx.needs_input_grad[3])
+                out = attend_from(ctx.layer, rows, index, ctx.named, keys, values)
+        sources = [*([rows] if rows.requires_grad else []), *wanted]
+        found = list(torch.autograd.grad(out, sources, take(grad, index), allow_unused=True))
+        dhidden = None
+        if rows.requires_grad:
+            dhidden = scatter_rows_(torch.zeros_like(hidden), index, found.pop(0).contiguous())
+        results = iter(found)
+        needs = ctx.needs_input_grad[4:]
+        return None, None, None, dhidden, *(next(results) if need else None for need in needs)
+
+
 class SelectedForward:
-    """A layer's forward. `choose(layer, hidden, named)` gives the selected tokens (B, K) of this
-    forward, or None for a dense one.
+    """A layer's forward. `look(layer, hidden, named)` gives what this forward knows of its tokens,
+    or None for a dense one.
     """
 
-    def __init__(self, layer: nn.Module, choose: Callable[..., Tensor | None]) -> None:
-        self.layer, self.own, self.choose = layer, layer.forward, choose
+    def __init__(self, layer: nn.Module, look: Callable[..., Chosen | None]) -> None:
+        self.layer, self.own, self.look = layer, layer.forward, look
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         named = by_name(self.layer, args, kwargs)
-        chosen = self.choose(self.layer, hidden_states, named)
-        if chosen is None:
+        chosen = self.look(self.layer, hidden_states, named)
+        params = [p for p in self.layer.parameters() if p.requires_grad]
+        if chosen is None or not (hidden_states.requires_grad or params):
             return self.own(hidden_states, *args, **kwargs)
-        constant = hidden_states.detach()
-        with torch.no_grad():
-            _, keys, values, _ = capture(self.layer, plain_forward(self.layer), constant, **named)
-        others = left_out(chosen, constant.shape[1])
-        whole = constant
-        if others.shape[1]:
-            with torch.no_grad():
-                rows = attend_from(self.layer, take(constant, others), others, named, keys, values)
-            whole = scatter_rows(constant, others, rows)
-        selected = gather_rows(hidden_states, chosen)
-
-        def run(x: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return attend_from(self.layer, x, chosen, named, k, v)
-
-        if getattr(self.layer, "gradient_checkpointing", False):
-            rows = checkpoint(run, selected, keys, values, use_reentrant=False)
-        else:
-            rows = run(selected, keys, values)
-        assert isinstance(rows, Tensor)
-        return scatter_rows(whole, chosen, rows)
+        return _Selected.apply(self.layer, named, chosen, hidden_states, *params)
 
 
 def left_out(index: Tensor, length: int) -> Tensor:

@@ -33,7 +33,7 @@ from mnemic.models.tokens.rows import (
     recount,
     scatter_rows,
 )
-from mnemic.models.tokens.scores import SCORES, Look, Score
+from mnemic.models.tokens.scores import SCORES, Look, Score, attention_mass, attention_score
 from mnemic.models.tokens.select import Row, choose
 from mnemic.models.tokens.selected import SelectedForward, left_out
 from mnemic.models.tokens.visible import Seen, VisibleForward
@@ -44,7 +44,8 @@ log = logging.getLogger("mnemic")
 @dataclass
 class Forward:
     """One forward's sets. `index[run]` (B, K); `whole`: the sequence that the run will go into;
-    `left`: other tokens and their states, `calls`: layers' calls for whole sequences.
+    `left`: other tokens and their states, `calls`: layers' calls for whole sequences; `mass`
+    (B, S): attention of supervised queries so far.
     """
 
     row: Row
@@ -55,6 +56,7 @@ class Forward:
     left: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     calls: dict[int, dict[str, Any]] = field(default_factory=dict)
     masks: dict[tuple[int, int], Any] = field(default_factory=dict)
+    mass: Tensor | None = None
     prepared: Any = None
 
 
@@ -125,10 +127,22 @@ class TokenSparsity:
 
     # After it --------------------------------------------------------------------------------
 
+    def selected(self, forward: Forward, number: int) -> Tensor:
+        """The tokens (B, K) of a forward that is done."""
+        if number not in forward.index:
+            assert forward.mass is not None
+            with torch.no_grad():
+                forward.index[number] = choose(
+                    forward.mass, forward.row, self.config, forward.keep, self.runs[number][0]
+                )
+        return forward.index[number]
+
     @property
     def kept(self) -> Tensor:
         """Tokens (B, S), bool, that all sparse layers kept."""
         assert self.forward is not None
+        if self.config.grad == "selected":
+            self.selected(self.forward, 0)
         supervised = self.forward.row.supervised
         found = torch.ones_like(supervised)
         for index in self.forward.index.values():
@@ -137,12 +151,12 @@ class TokenSparsity:
 
     def loss_dropped(self) -> Tensor | None:
         """Positions (B, S), bool, whose targets do not count; None where all do."""
-        return None if self.config.loss == "all" else ~self.kept
+        return None if self.config.loss == "all" or self.config.protect else ~self.kept
 
     @property
     def loss_factor(self) -> Tensor | float:
         """What makes the loss over kept targets stand for all of them."""
-        if self.config.loss == "all" or (self.config.protect and self.config.grad == "all"):
+        if self.config.loss == "all" or self.config.protect:
             return 1.0
         assert self.forward is not None
         supervised = self.forward.row.supervised
@@ -266,14 +280,16 @@ class TokenSparsity:
 
     def _selected(
         self, number: int, index: int, layer: nn.Module, hidden: Tensor, named: dict[str, Any]
-    ) -> Tensor | None:
-        if not self.active:
+    ) -> "Attended | None":
+        """What a layer with selected gradients needs of this forward. All scores but `attention`
+        choose before the first of the layers.
+        """
+        if not self.active or not torch.is_grad_enabled():
             return None
         assert self.forward is not None
-        known = self.forward.index
-        if number not in known:
-            known[number] = self._choose(layer, index, hidden, named)
-        return known[number]
+        if self.score is not attention_score and number not in self.forward.index:
+            self.forward.index[number] = self._choose(layer, index, hidden, named)
+        return Attended(self, self.forward, number, counts=4 * index >= len(self.layers))
 
     def _attention_hook(self, number: int) -> Callable[..., Any]:
         def before(module: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -351,6 +367,28 @@ class TokenSparsity:
             lengths, longest = recount(cumulative, index)
             found |= {"cu_seq_lens_q": lengths, "cu_seq_lens_k": lengths}
             found |= {"max_length_q": longest, "max_length_k": longest}
+
+
+@dataclass
+class Attended:
+    """Tokens chosen by what the forward has attended to, all but its first quarter, when it is
+    done.
+    """
+
+    sparsity: TokenSparsity
+    forward: Forward
+    number: int
+    counts: bool
+
+    @torch.no_grad()
+    def attended(self, query: Tensor, key: Tensor, scaling: float, mask: Any) -> None:
+        if not self.counts or self.number in self.forward.index:
+            return
+        found = attention_mass(query, key, scaling, self.forward.row, mask)
+        self.forward.mass = found if self.forward.mass is None else self.forward.mass + found
+
+    def selected(self) -> Tensor:
+        return self.sparsity.selected(self.forward, self.number)
 
 
 def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...]]:

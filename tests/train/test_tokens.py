@@ -15,7 +15,8 @@ MODEL = {"layers": 4, "max_position": 64}
 QKVO = ["q_proj", "k_proj", "v_proj", "o_proj"]
 KINDS = {
     "protect": {"kind": "protect", "block": 4, "keep": 0.3},
-    "gone": {"kind": "protect", "block": 4, "keep": 0.3, "attend": "kept", "ramp": 0.5},
+    "gone": {"kind": "drop", "block": 4, "keep": 0.3, "ramp": 0.5},
+    "visible": {"kind": "drop", "block": 4, "keep": 0.3, "attend": "all"},
     "lemo": {"kind": "lemo", "block": 4},
     "token_tune": {"kind": "token_tune", "keep": 0.3},
     "random_ltd": {"kind": "random_ltd", "keep": 0.3, "ramp": 0.8, "dense_end": 0.2},
@@ -163,14 +164,14 @@ SENTENCES = {
     "a model without a path": ({"tokens": {"kind": "protect", "score": "model"}}, "score_path"),
     "lemo on trained MLPs": ({"tokens": "lemo"}, "adapters.target_modules"),
     "chunks and visible tokens": (
-        {"tokens": {"kind": "protect", "protect": False}, "loop": {"sequence_chunk": 16}},
+        {"tokens": {"kind": "drop", "attend": "all"}, "loop": {"sequence_chunk": 16}},
         "tokens.attend=all does not",
     ),
     "more than the run": (
         {"tokens": {"kind": "random_ltd", "ramp": 0.9, "dense_end": 0.5}}, "more than the whole run"
     ),
     "half a scope": (
-        {"tokens": {"kind": "token_tune", "layers": "half"}}, "grad=selected is for all layers"
+        {"tokens": {"kind": "token_tune", "scope": "attention"}}, "scope=attention hides"
     ),
 }  # fmt: skip
 

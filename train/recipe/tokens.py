@@ -22,14 +22,14 @@ class NoTokens(Part):
 
 
 class Protect(Part):
-    """Ours: one keep set for all sparse layers, supervised tokens always in it, early layers dense.
-    For long prompts with short answers.
+    """Ours: the forward is exact, and gradients go through supervised tokens and those that they
+    attended to most. For long prompts with short answers.
     """
 
     kind: Literal["protect"] = "protect"
-    keep: float = Field(0.5, gt=0, le=1)
-    """Share of a row's tokens that sparse layers run on; more where more are protected."""
-    layers: Layers = "late"
+    keep: float = Field(0.25, gt=0, le=1)
+    """Share of a row's tokens that are kept; more where more are protected."""
+    layers: Layers = "all"
     """Sparse layers: `late` (from the second quarter on), `half` (second half but the last),
     `middle` (all but first and last), `all`, or [first, last) counted from 0.
     """
@@ -54,14 +54,14 @@ class Protect(Part):
     protect: bool = True
     """Always keep supervised tokens: those that are learned, and those that predict them."""
     attend: Attend = "all"
-    """all: dropped tokens are not worked on and can still be attended to, with keys and values made
-    from where they were left. kept: they are gone, as LeMo's and random-LTD's are (faster).
+    """With grad=all. kept: dropped tokens are gone, as LeMo's and random-LTD's are. all: they are
+    not worked on and can still be attended to, by keys and values from where they were left.
     """
     loss: LossOn = "kept"
     """Over supervised tokens that were kept, standing for all of them; or over all."""
-    grad: Grad = "all"
-    """all: layers run on kept tokens only. selected: layers run on all, and gradients go through
-    kept tokens only, so that loss and logits are exact.
+    grad: Grad = "selected"
+    """selected: layers run on all tokens and are recomputed for kept ones, through which gradients
+    go: loss and logits are exact. all: layers run on kept tokens only, which changes the forward.
     """
     ramp: float = Field(0.0, ge=0, le=1)
     """Share of the run in which `keep` rises to 1."""
@@ -96,8 +96,6 @@ class Protect(Part):
             raise ValueError("grad=selected is for whole layers; set scope=layer, or grad=all")
         if self.grad == "selected" and self.share is not None:
             raise ValueError("grad=selected has one set for all layers; set share to null")
-        if self.grad == "selected" and self.layers != "all":
-            raise ValueError("grad=selected is for all layers; set layers=all, or grad=all")
         return self
 
 
@@ -106,6 +104,18 @@ def _but(name: str, default: Any) -> Any:
     field = copy(Protect.model_fields[name])
     field.default = default
     return field
+
+
+class Drop(Protect):
+    """Layers from the second quarter on run on kept tokens only, supervised ones always among them:
+    the shortest step, and the model sees less in training than when it is used.
+    """
+
+    kind: Literal["drop"] = "drop"  # type: ignore[assignment]
+    keep: float = _but("keep", 0.5)
+    layers: Layers = _but("layers", "late")
+    attend: Attend = _but("attend", "kept")
+    grad: Grad = _but("grad", "all")
 
 
 class Lemo(Protect):
@@ -124,6 +134,7 @@ class Lemo(Protect):
     protect: bool = _but("protect", False)
     attend: Attend = _but("attend", "kept")
     loss: LossOn = _but("loss", "all")
+    grad: Grad = _but("grad", "all")
     mlp_backward_keep: float | None = _but("mlp_backward_keep", 0.2)
 
 
@@ -131,12 +142,11 @@ class TokenTune(Protect):
     """TokenTune (EMNLP 2024): exact forward, gradients through supervised and random tokens."""
 
     kind: Literal["token_tune"] = "token_tune"  # type: ignore[assignment]
-    layers: Layers = _but("layers", "all")
+    keep: float = _but("keep", 0.5)
     score: str = _but("score", "random")
     block: int = _but("block", 1)
     sinks: int = _but("sinks", 0)
     recent: int = _but("recent", 0)
-    grad: Grad = _but("grad", "selected")
 
 
 class RandomLtd(Protect):
@@ -145,6 +155,7 @@ class RandomLtd(Protect):
     """
 
     kind: Literal["random_ltd"] = "random_ltd"  # type: ignore[assignment]
+    keep: float = _but("keep", 0.5)
     layers: Layers = _but("layers", "middle")
     score: str = _but("score", "random")
     share: int | None = _but("share", 1)
@@ -154,12 +165,15 @@ class RandomLtd(Protect):
     protect: bool = _but("protect", False)
     attend: Attend = _but("attend", "kept")
     loss: LossOn = _but("loss", "all")
+    grad: Grad = _but("grad", "all")
     ramp: float = _but("ramp", 0.9)
     dense_end: float = _but("dense_end", 0.1)
 
 
 Tokens = Annotated[
-    NoTokens | Protect | Lemo | TokenTune | RandomLtd, Field(discriminator="kind"), KindShorthand
+    NoTokens | Protect | Drop | Lemo | TokenTune | RandomLtd,
+    Field(discriminator="kind"),
+    KindShorthand,
 ]
 
 _ATTENTION_ONLY = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -195,7 +209,8 @@ def check_tokens(tokens: Any, adapters: Any, objective: Any, update: Any, loop: 
         if loop.mlp_tile != "none":
             problems.append("tokens.mlp_backward_keep runs MLPs whole; set loop.mlp_tile=none")
     if loop.sequence_chunk and (tokens.attend == "all" or tokens.scope == "attention"):
-        key = "attend=all" if tokens.attend == "all" else "scope=attention"
+        key = "scope=attention" if tokens.scope == "attention" else "attend=all"
+        key = "grad=selected" if tokens.grad == "selected" else key
         problems.append(
             f"loop.sequence_chunk={loop.sequence_chunk} runs a layer in pieces, which "
             f"tokens.{key} does not; set it to null"
