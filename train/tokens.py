@@ -40,6 +40,11 @@ def install_tokens(
         part.kind, first, last, len(sparsity.layers), 100 * part.keep, part.score,
         "; supervised tokens always kept" if part.protect else "",
     )  # fmt: skip
+    if part.grad == "selected" and part.layers == "all" and recipe.loop.gradient_checkpointing:
+        log.warning(
+            "loop.gradient_checkpointing has no effect with tokens.grad=selected, which keeps layer "
+            "inputs and recomputes kept tokens"
+        )
     return sparsity, part.probe_every
 
 

@@ -67,6 +67,11 @@ def plan(
             "allocator cannot fit"
         )
     notes += [*shown.missing, *planner.notes]
+    if recipe.tokens.kind != "none":
+        notes.append(
+            f"tokens.kind={recipe.tokens.kind} is not counted here, where layers run on all "
+            "tokens; --activations counts it"
+        )
     limit = getattr(planner.model.config, "max_position_embeddings", None)
     over = [n for n in lengths or [] if limit and n > limit]
     if over:

@@ -53,9 +53,9 @@ EXACT: dict[str, dict[str, Any]] = {
 does not have is left out.
 """
 SPARSE: dict[str, dict[str, Any]] = {
-    f"{name}, {share}": EXACT[name] | {"tokens.kind": "protect", "tokens.keep": keep}
-    for keep, share in ((0.5, "half of tokens"), (0.25, "a quarter"))
-    for name in ("checkpointing", "checkpointing, MLP in tiles")
+    "gradients through a quarter": {"tokens.kind": "protect", "tokens.keep": 0.25},
+    "checkpointing, half of tokens": _CHECKPOINTS | {"tokens.kind": "drop", "tokens.keep": 0.5},
+    "checkpointing, a quarter": _CHECKPOINTS | {"tokens.kind": "drop", "tokens.keep": 0.25},
 }
 """The same for token sparsity, an approximation; the mildest first."""
 
