@@ -42,8 +42,8 @@ def install_tokens(
     )  # fmt: skip
     if part.grad == "selected" and part.layers == "all" and recipe.loop.gradient_checkpointing:
         log.warning(
-            "loop.gradient_checkpointing has no effect with tokens.grad=selected, which keeps layer "
-            "inputs and recomputes kept tokens"
+            "loop.gradient_checkpointing has no effect with tokens.grad=selected, which keeps "
+            "layer inputs and recomputes kept tokens"
         )
     return sparsity, part.probe_every
 

@@ -33,6 +33,8 @@ from mnemic.models.tokens.rows import cut_angles, take
 
 _QUERIES = 256
 """Queries at once."""
+_KEPT = 128 << 20
+"""Bytes that one layer's attention may save where its backward follows at once."""
 
 
 class _Rows:
@@ -106,6 +108,26 @@ class _Attention(torch.autograd.Function):
         return None, dquery, dkey, dvalue, *wholes
 
 
+def _attend_kept(rows: _Rows, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """`_attend` with a graph of each part: no second computation, and all that the parts save."""
+    found: list[list[Tensor]] = [[] for _ in range(query.shape[0])]
+    for row, part, end in rows.parts(keys.shape[2]):
+        own = (t[row : row + 1, :, :end] for t in (keys, values))
+        found[row].append(rows(row, part, query[row : row + 1, :, part], *own))
+    return torch.cat([torch.cat(parts, 1) for parts in found])
+
+
+def _kept_bytes(rows: _Rows, query: Tensor, length: int) -> int:
+    """What `_attend_kept` saves: keys and values, for as many heads as queries have where there is
+    a mask, and the mask.
+    """
+    heads, size = query.shape[1], query.shape[3]
+    parts = rows.parts(length)
+    return query.element_size() * sum(
+        end * (2 * heads * size + part.stop - part.start) for _, part, end in parts
+    )
+
+
 @torch.no_grad()
 def _attend(rows: _Rows, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     found: Any = None
@@ -130,11 +152,12 @@ def _insert(whole: Tensor, index: Tensor, rows: Tensor) -> Tensor:
 
 def attend_from(
     layer: nn.Module, hidden: Tensor, index: Tensor, named: dict[str, Any], keys: Tensor,
-    values: Tensor,
+    values: Tensor, *, once: bool = False,
 ) -> Tensor:  # fmt: skip
     """`layer` on the rows `hidden` (B, T, H) at `index` of a sequence whose keys and values
-    (B, h, S, D) are given; those of the rows themselves are made anew, with gradients. `named`: the
-    call of the whole sequence.
+    (B, h, S, D) are given; those of the rows themselves are made anew, with gradients. `named`:
+    the call of the whole sequence. `once`: the backward follows at once, so what the attention
+    saves may be kept for it, up to 128 MiB.
     """
     mask = named.get("attention_mask")
     kwargs = cut_call(named, index)
@@ -142,6 +165,9 @@ def attend_from(
     def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, _: Any, **kw: Any):
         rows = _Rows(module, index, mask, kw)
         if torch.is_grad_enabled():
+            if once and _kept_bytes(rows, query, keys.shape[2]) <= _KEPT:
+                whole = (_insert(t, index, part) for t, part in ((keys, key), (values, value)))
+                return _attend_kept(rows, query, *whole), None
             return _Attention.apply(rows, query, key, value, keys, values), None
         own = (_insert(t, index, part) for t, part in ((keys, key), (values, value)))
         return _attend(rows, query, *own), None
@@ -206,7 +232,7 @@ class _Selected(torch.autograd.Function):
                 _, keys, values, _ = capture(ctx.layer, run, hidden, **ctx.named)
             with torch.enable_grad():
                 rows = take(hidden, index).requires_grad_(ctx.needs_input_grad[3])
-                out = attend_from(ctx.layer, rows, index, ctx.named, keys, values)
+                out = attend_from(ctx.layer, rows, index, ctx.named, keys, values, once=True)
         sources = [*([rows] if rows.requires_grad else []), *wanted]
         found = list(torch.autograd.grad(out, sources, take(grad, index), allow_unused=True))
         dhidden = None

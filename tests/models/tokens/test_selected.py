@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from mnemic.models.tokens import selected
 from mnemic.models.tokens.config import TokensConfig
 from mnemic.models.tokens.sparsity import TokenSparsity
 
@@ -41,10 +42,15 @@ def test_selecting_all_is_the_dense_backward(kind: str, batch: str) -> None:
 
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("score", ["random", "attention", "lemo"])
-def test_half_the_tokens_have_the_gradient_of_the_definition(batch: str, score: str) -> None:
+@pytest.mark.parametrize("kept", [0, 1 << 30], ids=["again", "once"])
+def test_half_the_tokens_have_the_gradient_of_the_definition(
+    batch: str, score: str, kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Against the dense graph in which every token-wise output of an unselected token is a
-    constant.
+    constant. The attention is computed again in its backward, or once.
     """
+    monkeypatch.setattr(selected, "_KEPT", kept)
+    monkeypatch.setattr(selected, "_QUERIES", 7)
     inputs = BATCHES[batch]()
     model = a.small("llama")
     dense, _ = a.gradients(model, inputs)
