@@ -106,7 +106,7 @@ def main() -> None:
     sets = []
     for number, run in enumerate(sparsity.runs):
         kept = torch.zeros(len(ids), dtype=torch.bool)
-        kept[sparsity.forward.index[number][0]] = True
+        kept[sparsity.selected(sparsity.forward, number)[0]] = True
         name = f"layer {run[0]}" if len(run) == 1 else f"layers {run[0]} to {run[-1]}"
         sets.append((name, kept.tolist()))
     title = f"{recipe.name}: tokens kept, {recipe.tokens.kind}"

@@ -156,7 +156,7 @@ def test_the_picture_of_kept_tokens_is_that_of_the_run(tmp_path, monkeypatch, ca
         "name: plot\nmodel: {kind: tiny, layers: 4}\noptimizer: {kind: adamw, lr: 1e-3}\n"
         f"data: {{kind: jsonl, path: {write_jsonl(tmp_path / 'rows.jsonl', rows)}}}\n"
         "objective: {kind: sft}\nloop: {steps: 1, batch_size: 1}\n"
-        "tokens: {kind: protect, block: 4}\n"
+        "tokens: {kind: drop, block: 4}\n"
     )
     out = tmp_path / "tokens.html"
     plot = load("plot_tokens")
@@ -169,6 +169,9 @@ def test_the_picture_of_kept_tokens_is_that_of_the_run(tmp_path, monkeypatch, ca
     tokens = page.count("<span")
     assert page.count('title="kept by') == sum(bars) and 0.5 < sum(bars) / tokens < 0.8
     assert f"{tokens} tokens, {sum(bars) / tokens:.0%} kept by 3 layers" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["plot", str(recipe), "--out", str(out), "tokens=protect"])
+    plot.main()
+    assert "layers 0 to 3" in out.read_text()
     monkeypatch.setattr(sys, "argv", ["plot", str(recipe), "tokens=none"])
     with pytest.raises(SystemExit, match="add tokens=protect"):
         plot.main()
