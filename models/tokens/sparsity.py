@@ -15,7 +15,6 @@ shared by layers; supervised tokens protected; loss on what was kept.
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 
 from mnemic.models.exact.attention import attention_of, by_name, check_masks, decoder_layers
 from mnemic.models.tokens.config import TokensConfig
+from mnemic.models.tokens.forward import Attended, Forward
 from mnemic.models.tokens.neurons import prune_backward
 from mnemic.models.tokens.rows import (
     cut_angles,
@@ -33,31 +33,12 @@ from mnemic.models.tokens.rows import (
     recount,
     scatter_rows,
 )
-from mnemic.models.tokens.scores import SCORES, Look, Score, attention_mass, attention_score
+from mnemic.models.tokens.scores import SCORES, Look, Score, attention_score
 from mnemic.models.tokens.select import Row, choose
 from mnemic.models.tokens.selected import SelectedForward, left_out
 from mnemic.models.tokens.visible import Seen, VisibleForward
 
 log = logging.getLogger("mnemic")
-
-
-@dataclass
-class Forward:
-    """One forward's sets. `index[run]` (B, K); `whole`: the sequence that the run will go into;
-    `left`: other tokens and their states, `calls`: layers' calls for whole sequences; `mass`
-    (B, S): attention of supervised queries so far.
-    """
-
-    row: Row
-    keep: float
-    generator: torch.Generator
-    index: dict[int, Tensor] = field(default_factory=dict)
-    whole: Tensor | None = None
-    left: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    calls: dict[int, dict[str, Any]] = field(default_factory=dict)
-    masks: dict[tuple[int, int], Any] = field(default_factory=dict)
-    mass: Tensor | None = None
-    prepared: Any = None
 
 
 class TokenSparsity:
@@ -105,6 +86,8 @@ class TokenSparsity:
         keep = self.config.keep_at(self.progress)
         training = self.layers.training and torch.is_grad_enabled() and not self.paused
         self.active = training and (keep < 1.0 or self.config.keep == 1.0)
+        if training and not self.active:
+            self.forward = None  # a dense step, and reported as one
         if not self.active:
             return False
         supervised = predicting | torch.nn.functional.pad(predicting, (1, 0))[:, :-1]
@@ -117,7 +100,7 @@ class TokenSparsity:
             self._last_seed, self._count = torch.initial_seed(), 0
         generator = torch.Generator().manual_seed(hash((self.seed, self._last_seed, self._count)))
         self._count += 1
-        self.forward = Forward(row, keep, generator)
+        self.forward = Forward(row, keep, generator, predicting)
         prepare = getattr(self.score, "prepare", None)
         if prepare is not None:
             self.forward.prepared = prepare(inputs, row)
@@ -159,15 +142,15 @@ class TokenSparsity:
         if self.config.loss == "all" or self.config.protect:
             return 1.0
         assert self.forward is not None
-        supervised = self.forward.row.supervised
-        return supervised.sum() / (supervised & self.kept).sum().clamp_min(1)
+        wanted = self.forward.predicting
+        return wanted.sum() / (wanted & self.kept).sum().clamp_min(1)
 
     def report(self) -> dict[str, float]:
         """Of the last forward: share of tokens kept, over all layers and by sparse layer, and
         supervised tokens dropped.
         """
         if self.forward is None:
-            return {}
+            return {"tokens/kept": 1.0, "tokens/supervised_dropped": 0.0}
         row = self.forward.row
         total = float(row.supervised.numel() if row.valid is None else row.valid.sum())
         shares = {}
@@ -280,7 +263,7 @@ class TokenSparsity:
 
     def _selected(
         self, number: int, index: int, layer: nn.Module, hidden: Tensor, named: dict[str, Any]
-    ) -> "Attended | None":
+    ) -> Attended | None:
         """What a layer with selected gradients needs of this forward. All scores but `attention`
         choose before the first of the layers.
         """
@@ -289,7 +272,7 @@ class TokenSparsity:
         assert self.forward is not None
         if self.score is not attention_score and number not in self.forward.index:
             self.forward.index[number] = self._choose(layer, index, hidden, named)
-        return Attended(self, self.forward, number, counts=4 * index >= len(self.layers))
+        return Attended(self.selected, self.forward, number, 4 * index >= len(self.layers))
 
     def _attention_hook(self, number: int) -> Callable[..., Any]:
         def before(module: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -367,28 +350,6 @@ class TokenSparsity:
             lengths, longest = recount(cumulative, index)
             found |= {"cu_seq_lens_q": lengths, "cu_seq_lens_k": lengths}
             found |= {"max_length_q": longest, "max_length_k": longest}
-
-
-@dataclass
-class Attended:
-    """Tokens chosen by what the forward has attended to, all but its first quarter, when it is
-    done.
-    """
-
-    sparsity: TokenSparsity
-    forward: Forward
-    number: int
-    counts: bool
-
-    @torch.no_grad()
-    def attended(self, query: Tensor, key: Tensor, scaling: float, mask: Any) -> None:
-        if not self.counts or self.number in self.forward.index:
-            return
-        found = attention_mass(query, key, scaling, self.forward.row, mask)
-        self.forward.mass = found if self.forward.mass is None else self.forward.mass + found
-
-    def selected(self) -> Tensor:
-        return self.sparsity.selected(self.forward, self.number)
 
 
 def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...]]:

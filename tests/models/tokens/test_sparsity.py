@@ -237,6 +237,7 @@ def test_evaluation_generation_and_a_dense_schedule_are_dense() -> None:
     assert shares == pytest.approx([0.3, 0.3, 0.65, 1.0, 1.0])
     sparsity.progress = 0.9
     assert not sparsity.begin(inputs, supervised(inputs))
+    assert sparsity.report() == {"tokens/kept": 1.0, "tokens/supervised_dropped": 0.0}
 
 
 def test_flash_attentions_documents_are_counted_anew() -> None:
@@ -272,8 +273,8 @@ def test_dropped_targets_leave_the_loss_and_the_rest_stands_for_all() -> None:
     run(model, inputs, sparsity)
     dropped = sparsity.loss_dropped()
     assert dropped is not None and sparsity.forward is not None
-    wanted = sparsity.forward.row.supervised
-    expected = wanted.sum() / (wanted & ~dropped).sum()
+    predicting, wanted = supervised(inputs), sparsity.forward.row.supervised
+    expected = predicting.sum() / (predicting & ~dropped).sum()
     assert float(sparsity.loss_factor) == pytest.approx(float(expected)) and expected > 1
     assert sparsity.report()["tokens/supervised_dropped"] == float((wanted & dropped).sum()) > 0
 
