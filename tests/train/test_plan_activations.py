@@ -192,6 +192,7 @@ def few(monkeypatch):
     monkeypatch.setattr(combinations, "EXACT", {n: EXACT[n] for n in names})
 
 
+@pytest.mark.slow
 def test_the_command_names_the_cheapest_that_fits(tmp_path, capsys, few):
     path = str(write_recipe(tmp_path / "recipe.yaml", lm_tree(tmp_path, **SHAPE)))
     ask = ["plan", path, "--activations", "--length"]
@@ -260,6 +261,7 @@ def test_every_combination_is_in_reach_of_a_recipe(tmp_path):
         changed(recipe, {k: v(64) if callable(v) else v for k, v in overrides.items()})
 
 
+@pytest.mark.slow
 def test_the_recipe_s_own_combination_has_a_row(tmp_path, few):
     changes = {"loop": {"loss": "logits"}, "update": {"kind": "in_backward"}}
     table = activations(build_recipe(sft_tree(tmp_path, **changes)))
@@ -267,6 +269,7 @@ def test_the_recipe_s_own_combination_has_a_row(tmp_path, few):
     assert table.own.freed and set(table.own.counted) == set(table.lengths) == {16}
 
 
+@pytest.mark.slow
 def test_a_streamed_recipe_is_counted_in_memory(tmp_path, few):
     changes = {"update": {"kind": "streamed"}, "offload": {"kind": "ssd", "activations": "ssd"}}
     table = activations(build_recipe(lm_tree(tmp_path, **changes)))

@@ -40,7 +40,12 @@ def run(folder, kind, **changes):
     return rows_of(folder / "run"), weights_of(folder / "run" / "final")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+def some(kinds):
+    """Those of `KINDS` in every run of the tests; the others are slow evidence."""
+    return [k if k in kinds else pytest.param(k, marks=pytest.mark.slow) for k in KINDS]
+
+
+@pytest.mark.parametrize("kind", some({"protect", "gone", "random_ltd"}))
 def test_a_resumed_run_has_the_same_bits(tmp_path, kind):
     """Tokens are drawn anew from the step's seed, the schedule goes by the step."""
     loop = {"schedule": "constant", "steps": 6}
@@ -75,7 +80,7 @@ def stop_after(recipe, step):
         run_recipe(recipe, Console(quiet=True))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", some({"protect", "gone"}))
 def test_in_backward_checkpointing_and_micro_batches_change_nothing(tmp_path, kind):
     """No dropout, which draws in another order when layers are recomputed."""
     lora = {"dropout": 0.0}
