@@ -1,5 +1,7 @@
 """LoRA, DoRA and QLoRA through peft, from plain arguments."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -94,3 +96,17 @@ def _input_typed() -> Any:
             return linear(x, self.weight.to(x.dtype), bias)
 
     return InputTyped
+
+
+@contextmanager
+def adapters_off(model: Any) -> Iterator[None]:
+    """A PeftModel as its base. What was frozen stays frozen: peft makes every weight of the active
+    adapter trainable when it is enabled again, those frozen on purpose (LoRA-FA's A) too.
+    """
+    trainable = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        with model.disable_adapter():
+            yield
+    finally:
+        for parameter, wanted in trainable:
+            parameter.requires_grad_(wanted)

@@ -4,6 +4,7 @@ need no download.
 Both are ordinary transformers objects: what they save, `from_pretrained` loads.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 CHAT_TEMPLATE = (
@@ -20,7 +21,6 @@ def byte_tokenizer(max_length: int = 2048) -> Any:
     """
     from tokenizers import Tokenizer, decoders, pre_tokenizers
     from tokenizers.models import BPE
-    from transformers import PreTrainedTokenizerFast
 
     # GPT-2's printable stand-ins for bytes, in byte order, so that id == byte.
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -31,6 +31,30 @@ def byte_tokenizer(max_length: int = 2048) -> Any:
     tokenizer = Tokenizer(BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
+    return _fast(tokenizer, max_length)
+
+
+def bpe_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int = 2048) -> Any:
+    """A byte-level BPE of `vocab_size` tokens, `SPECIAL` included, learned from `texts`: the same
+    for the same texts. Any text survives the round trip.
+    """
+    from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
+    from tokenizers.models import BPE
+
+    tokenizer = Tokenizer(BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=SPECIAL, show_progress=False,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+    )  # fmt: skip
+    tokenizer.train_from_iterator(texts, trainer)
+    return _fast(tokenizer, max_length)
+
+
+def _fast(tokenizer: Any, max_length: int) -> Any:
+    from transformers import PreTrainedTokenizerFast
+
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token="<|end|>",
