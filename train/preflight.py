@@ -6,12 +6,13 @@ import logging
 import os
 from pathlib import Path
 
+from mnemic.models.memory.episode import MemoryConfig
 from mnemic.train.data.formats import FormatError
 from mnemic.train.data.rows import BadRow, Source
 from mnemic.train.data.sources import open_source
 from mnemic.train.errors import UserError
 from mnemic.train.objectives.check import check_row
-from mnemic.train.recipe.data import Data, HubData, ParquetData
+from mnemic.train.recipe.data import Data, HubData, KvStreamData, ParquetData
 from mnemic.train.recipe.recipe import Recipe
 from mnemic.train.recipe.training import WandbTracking
 
@@ -19,6 +20,13 @@ log = logging.getLogger("mnemic")
 
 LIMIT_BYTES = 64 << 20
 """Files are checked whole up to this size, and to this many bytes beyond it."""
+
+
+def turns_of(recipe: Recipe) -> MemoryConfig | None:
+    """The memory on whose turns generated streams give rows, for objective `sft`."""
+    if recipe.memory is None or recipe.objective.kind != "sft":
+        return None
+    return MemoryConfig(**recipe.memory.model_dump())
 
 
 def check_data(recipe: Recipe) -> list[str]:
@@ -33,7 +41,7 @@ def check_data(recipe: Recipe) -> list[str]:
         if isinstance(data, HubData):
             notes.append(f"{key}: {data.name} is loaded when training starts")
             continue
-        source = open_source(data, key=key)
+        source = open_source(data, key=key, turns=turns_of(recipe))
         notes.append(_check_rows(source, data, key, recipe))
     return notes
 
@@ -59,7 +67,8 @@ def _check_rows(source: Source, data: Data, key: str, recipe: Recipe) -> str:
                     f"{row.where}: {row.reason}; mend the row, "
                     f"or set {key}.on_bad_row=skip to go on without such rows"
                 )
-        if seen_bytes > LIMIT_BYTES or (isinstance(data, ParquetData) and good >= 1000):
+        sampled = isinstance(data, (ParquetData, KvStreamData))
+        if seen_bytes > LIMIT_BYTES or (sampled and good >= 1000):
             whole = False
             break
     if not good:

@@ -11,21 +11,35 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from mnemic.models.memory.episode import MemoryConfig
 from mnemic.train.data.rows import BadRow, Position, Row, Source
 from mnemic.train.errors import UserError
 from mnemic.train.recipe.data import (
     CsvData,
     Data,
+    EpisodesData,
     FactsData,
     HubData,
     JsonlData,
+    KvStreamData,
     ParquetData,
     TextData,
 )
 
 
-def open_source(data: Data, *, key: str = "data") -> Source:
-    """The source a recipe's `data` section names. Missing files and packages raise `UserError`."""
+def open_source(data: Data, *, key: str = "data", turns: MemoryConfig | None = None) -> Source:
+    """The source a recipe's `data` section names. Missing files and packages raise `UserError`.
+
+    `turns`: give the turns of a memory manager on generated streams, not their episodes.
+    """
+    if isinstance(data, KvStreamData):
+        from mnemic.train.data.memory.rows import KvSource, TurnSource
+
+        return KvSource(data) if turns is None else TurnSource(data, turns)
+    if isinstance(data, EpisodesData):
+        from mnemic.train.data.memory.rows import FileSource
+
+        return FileSource(data, key)
     if isinstance(data, TextData):
         return TextSource(find_files(data.path, key), data.document)
     if isinstance(data, JsonlData):

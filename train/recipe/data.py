@@ -4,7 +4,7 @@ completion.
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from mnemic.train.recipe.base import KindShorthand, Part
 
@@ -92,8 +92,119 @@ class FactsData(_Data):
     """Seed of the generator."""
 
 
+class Teacher(Part):
+    """Weaknesses of the teacher that writes the operations of objective `sft`: chances, 0 to 1."""
+
+    drop: float = Field(default=0.0, ge=0, le=1)
+    """Leaves a new fact out."""
+    insert_for_update: float = Field(default=0.0, ge=0, le=1)
+    """Inserts where it should update."""
+    skip_delete: float = Field(default=0.0, ge=0, le=1)
+    """Lets stand what ended."""
+    keep_noise: float = Field(default=0.0, ge=0, le=1)
+    """Remembers small talk."""
+
+
+class Stream(Part):
+    """Knobs of a generated stream. Chances are of one event; what is left over is a new fact."""
+
+    n_chunks: int = Field(default=4, ge=1)
+    """Chunks of an episode."""
+    events_per_chunk: int = Field(default=2, ge=1)
+    """Lines of a chunk."""
+    p_update: float = Field(default=0.25, ge=0, le=1)
+    """A fact changes."""
+    p_delete: float = Field(default=0.1, ge=0, le=1)
+    """A fact ends."""
+    p_noise: float = Field(default=0.3, ge=0, le=1)
+    """Small talk."""
+    p_repeat: float = Field(default=0.0, ge=0, le=1)
+    """A fact is said again."""
+    n_entities: int = Field(default=8, ge=1)
+    """Names of an episode."""
+    n_attributes: int = Field(default=4, ge=1, le=6)
+    """Attributes of a name."""
+    n_values: int = Field(default=8, ge=2)
+    """Values of an attribute."""
+    gap: int = Field(default=1, ge=0)
+    """Chunks at least between a write and its change."""
+    questions: int = Field(default=4, ge=1)
+    """Questions at the end, at most."""
+    mix: dict[
+        Literal["current", "updated", "abstain", "previous", "count", "same"],
+        Annotated[float, Field(ge=0)],
+    ] = Field(default_factory=lambda: {"current": 0.4, "updated": 0.4, "abstain": 0.2})
+    """Weights of question types."""
+    style: Literal["plain", "natural"] = "plain"
+    """Bare words, or sentences whose names, values and templates the splits do not share."""
+    family: Literal["facts", "labels"] = "facts"
+    """Facts about people, or classes and their numbers."""
+    dates: bool = False
+    """Begin each chunk with a date."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "Stream":
+        share = self.p_update + self.p_delete + self.p_repeat
+        if share > 1:
+            raise ValueError(f"p_update + p_delete + p_repeat is {share:g}; at most 1")
+        if not any(self.mix.values()):
+            raise ValueError("mix: all weights are 0, so nothing would be asked")
+        return self
+
+
+class KvStreamData(_Data):
+    """Generated streams of facts that arrive, change, end and are asked for; every right answer and
+    operation is known. Episodes for objective `grpo`, a teacher's turns for `sft`.
+    """
+
+    kind: Literal["kvstream"] = "kvstream"
+    split: Literal["train", "heldout"] = "train"
+    """Which of the two disjoint families of episodes."""
+    size: int = Field(1024, ge=1)
+    """Number of episodes."""
+    seed: int = 0
+    """Seed of the generator."""
+    stream: Stream = Stream()
+    """What the episodes are like."""
+    stages: list[Stream] = Field(default_factory=list)
+    """A curriculum for objective `grpo`: these first, each until `mastery`, then `stream`."""
+    mastery: float = Field(0.9, gt=0, le=1)
+    """Mean r1 of the last 8 steps at which the next stage begins."""
+    teacher: Teacher = Teacher()
+    """Weaknesses of the teacher (objective `sft`)."""
+
+
+class EpisodesData(_Data):
+    """Streams with questions from files: our JSONL rows, or a published data set."""
+
+    kind: Literal["episodes"] = "episodes"
+    format: Literal["jsonl", "locomo", "longmemeval", "memoryagentbench", "squad", "ttl"] = "jsonl"
+    """How the file is written."""
+    path: str
+    """The file."""
+    split: Literal["train", "heldout"] = "train"
+    """Part of the paragraphs (squad) or texts (ttl)."""
+    conversations: list[int] | None = None
+    """locomo: which conversations; null for all."""
+    chunk_characters: int = Field(4000, ge=200)
+    """Longest chunk, where the format does not say."""
+    size: int = Field(64, ge=1)
+    """Episodes made of the file (ttl)."""
+    seed: int = 0
+    """Seed of what is drawn (squad, ttl)."""
+
+
+EpisodeData = KvStreamData | EpisodesData
+
 Data = Annotated[
-    TextData | JsonlData | CsvData | ParquetData | HubData | FactsData,
+    TextData
+    | JsonlData
+    | CsvData
+    | ParquetData
+    | HubData
+    | FactsData
+    | KvStreamData
+    | EpisodesData,
     Field(discriminator="kind"),
     KindShorthand,
 ]

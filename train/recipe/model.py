@@ -47,7 +47,7 @@ class SmolLM2(Part):
 
 
 class TinyModel(Part):
-    """A small Llama with random weights and a byte tokenizer, built in process: no download."""
+    """A small Llama with random weights and its own tokenizer, built in process: no download."""
 
     kind: Literal["tiny"] = "tiny"
     hidden_size: int = Field(64, ge=8)
@@ -58,6 +58,10 @@ class TinyModel(Part):
     """Attention heads; half of them (at least one) hold keys and values."""
     max_position: int = Field(2048, ge=8)
     """Longest sequence, tokens."""
+    vocab_size: int | None = Field(None, ge=300, le=65536)
+    """Tokens of a byte-pair vocabulary learned from the first rows of `data`; null: one token a
+    byte.
+    """
     dtype: DType = "fp32"
     """Type the weights are held in."""
     weights: Weights = "full"

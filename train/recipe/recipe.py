@@ -6,6 +6,8 @@ from pydantic import Field, model_validator
 
 from mnemic.train.recipe.base import Part
 from mnemic.train.recipe.data import Data, TextData
+from mnemic.train.recipe.memory import GrpoObjective, Memory
+from mnemic.train.recipe.memory_check import check_memory
 from mnemic.train.recipe.model import Adapters, Model, NoAdapters, TinyModel
 from mnemic.train.recipe.offload import NoOffload, Offload
 from mnemic.train.recipe.offload_check import check_offload
@@ -47,6 +49,8 @@ class Recipe(Part):
     """Where weights, optimizer states and saved activations lie."""
     tokens: Tokens = NoTokens()
     """Which tokens layers run on: fewer make long rows cheap, and change the result."""
+    memory: Memory | None = None
+    """The memory that a manager learns to keep; null for everything else."""
     loop: Loop
     """How long, how much at once, what is kept."""
     evaluation: Evaluation | None = None
@@ -73,6 +77,14 @@ class Recipe(Part):
             problems.append(
                 "evaluation.exact_match needs prompts; set it to false, or objective.kind=sft"
             )
+        loop = self.loop
+        uneven = loop.micro_batch_size and loop.batch_size % loop.micro_batch_size
+        if uneven and not isinstance(objective, GrpoObjective):
+            # Rollouts give as many rows as their streams have chunks.
+            problems.append(
+                f"loop: batch_size={loop.batch_size} is not a multiple of "
+                f"micro_batch_size={loop.micro_batch_size}; change one of the two"
+            )
         length_key, length = (
             ("objective.seq_len", objective.seq_len)
             if isinstance(objective, LmObjective)
@@ -97,6 +109,7 @@ class Recipe(Part):
         problems += check_offload(
             self.model, self.adapters, self.optimizer, self.update, self.offload
         )
+        problems += check_memory(self)
         problems += check_tokens(self.tokens, self.adapters, self.objective, self.update, self.loop)
         if problems:
             raise ValueError("\n".join(problems))

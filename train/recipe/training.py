@@ -6,6 +6,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from mnemic.train.recipe.base import KindShorthand, Part
 from mnemic.train.recipe.data import Data
+from mnemic.train.recipe.memory import GrpoObjective, with_preset
 
 
 class LmObjective(Part):
@@ -34,7 +35,12 @@ class SftObjective(Part):
     """System message for conversations that bring none; `mnemic generate` uses it too."""
 
 
-Objective = Annotated[LmObjective | SftObjective, Field(discriminator="kind"), KindShorthand]
+Objective = Annotated[
+    LmObjective | SftObjective | GrpoObjective,
+    Field(discriminator="kind"),
+    BeforeValidator(with_preset),
+    KindShorthand,
+]
 
 
 class PlainUpdate(Part):
@@ -174,11 +180,6 @@ class Loop(Part):
     def _check(self) -> "Loop":
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("give exactly one of steps and epochs; set the other to null")
-        if self.micro_batch_size and self.batch_size % self.micro_batch_size:
-            raise ValueError(
-                f"batch_size={self.batch_size} is not a multiple of "
-                f"micro_batch_size={self.micro_batch_size}; change one of the two"
-            )
         if self.checkpoint_every > 1 and not self.gradient_checkpointing:
             raise ValueError(
                 f"checkpoint_every={self.checkpoint_every} has no effect without "
@@ -214,7 +215,11 @@ class Evaluation(Part):
     """
     max_new_tokens: int = Field(64, ge=1)
     """Longest generation, tokens."""
-    metric: Literal["eval/loss", "eval/exact_match"] = "eval/loss"
+    play: int | None = Field(None, ge=1)
+    """Play so many held-out episodes greedily and report `eval/r1` (needs `memory`); objective grpo
+    always does, all of them with null.
+    """
+    metric: Literal["eval/loss", "eval/exact_match", "eval/r1"] = "eval/loss"
     """What `patience` and the best checkpoint go by."""
     patience: int | None = Field(None, ge=1)
     """Stop after this many evaluations in a row without a better `metric`."""
