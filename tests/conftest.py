@@ -44,3 +44,14 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="no accelerator on this machine"))
+
+
+@pytest.fixture(scope="session")
+def warm_model(tmp_path_factory):
+    """Folder of a small model that a few seconds of SFT taught to write memory operations."""
+    from memory_support import sft_memory_tree
+    from support import train_here
+
+    folder = tmp_path_factory.mktemp("warm")
+    train_here(sft_memory_tree(folder))
+    return folder / "run" / "final"

@@ -12,10 +12,13 @@ from mnemic.train.data.stream import one_pass
 from mnemic.train.errors import UserError
 from mnemic.train.exact import checkpoint_layers, install
 from mnemic.train.objectives.base import Objective
-from mnemic.train.objectives.build import eval_rows, eval_stream, sft_tokenizer
+from mnemic.train.objectives.build import eval_rows, eval_stream, reader, sft_tokenizer
+from mnemic.train.preflight import turns_of
+from mnemic.train.recipe.memory import GrpoObjective
 from mnemic.train.recipe.model import NoAdapters, QLora, SmolLM2, TinyModel
 from mnemic.train.recipe.recipe import Recipe
-from mnemic.train.recipe.training import SftObjective
+from mnemic.train.recipe.training import LmObjective, SftObjective
+from mnemic.train.rollout.evaluate import Player
 
 log = logging.getLogger("mnemic")
 
@@ -30,12 +33,14 @@ def build_tokenizer(recipe: Recipe) -> Any:
 
     model = recipe.model
     if isinstance(model, TinyModel):
-        from mnemic.models.tiny import byte_tokenizer
+        from mnemic.models.tiny import bpe_tokenizer, byte_tokenizer
 
+        if model.vocab_size is not None:
+            return bpe_tokenizer(sample_texts(recipe), model.vocab_size, model.max_position)
         return byte_tokenizer(model.max_position)
     try:
         if isinstance(model, SmolLM2):
-            return load_tokenizer(_smollm2_folder())
+            return load_tokenizer(smollm2_folder())
         return load_tokenizer(
             model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
         )
@@ -43,7 +48,26 @@ def build_tokenizer(recipe: Recipe) -> Any:
         raise UserError(f"model: {error}") from error
 
 
-def _smollm2_folder() -> str:
+_VOCABULARY_ROWS = 4000
+
+
+def sample_texts(recipe: Recipe) -> list[str]:
+    """The strings of the first rows of the data, for a vocabulary to be learned from."""
+    rows = reader(
+        recipe.data, holdout=None, held=False, key="data", quiet=True, turns=turns_of(recipe)
+    )
+    return [text for row in one_pass(rows, _VOCABULARY_ROWS) for text in _strings(row.fields)]
+
+
+def _strings(value: Any) -> list[str]:
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [text for item in value for text in _strings(item)] if isinstance(value, list) else []
+
+
+def smollm2_folder() -> str:
     from mnemic.models.smollm2 import ModelUnavailable, ensure_smollm2
 
     try:
@@ -74,7 +98,7 @@ def build_model(recipe: Recipe, tokenizer: Any) -> Any:
                 # Not model.to(): that would round the rotary frequencies, which stay fp32.
                 param.data = param.data.to(torch_dtype(part.dtype))
         elif isinstance(part, SmolLM2):
-            model = load_causal_lm(_smollm2_folder(), dtype=part.dtype, **four_bit)
+            model = load_causal_lm(smollm2_folder(), dtype=part.dtype, **four_bit)
         else:
             model = load_causal_lm(
                 part.path, dtype=part.dtype, revision=part.revision, attention=part.attention,
@@ -115,7 +139,7 @@ def add_adapters(recipe: Recipe, model: Any) -> Any:
 def model_folder(recipe: Recipe) -> str:
     """Folder or hub name of a model that is no `tiny` one; fetches SmolLM2 if need be."""
     if isinstance(recipe.model, SmolLM2):
-        return _smollm2_folder()
+        return smollm2_folder()
     assert not isinstance(recipe.model, TinyModel)
     local = Path(recipe.model.path).expanduser()
     return str(local) if local.exists() else recipe.model.path
@@ -125,8 +149,8 @@ def check_length(recipe: Recipe, model: Any) -> None:
     """Rows longer than the model's positions would train on nonsense."""
     limit = getattr(model.config, "max_position_embeddings", None)
     objective = recipe.objective
-    sft = isinstance(objective, SftObjective)
-    key, length = ("max_length", objective.max_length) if sft else ("seq_len", objective.seq_len)
+    lm = isinstance(objective, LmObjective)
+    key, length = ("seq_len", objective.seq_len) if lm else ("max_length", objective.max_length)
     if limit and length > limit:
         raise UserError(
             f"objective.{key}={length} is longer than the model's {limit} positions; lower it"
@@ -134,15 +158,20 @@ def check_length(recipe: Recipe, model: Any) -> None:
 
 
 def build_evaluation(
-    recipe: Recipe, tokenizer: Any, objective: Objective, samples: Path
-) -> EvaluationCallback | None:
+    recipe: Recipe, tokenizer: Any, objective: Objective, samples: Path,
+    player: Player | None = None,
+) -> EvaluationCallback | None:  # fmt: skip
     part = recipe.evaluation
     if part is None:
         return None
-    stream, _ = eval_stream(recipe, tokenizer)
-    examples = one_pass(stream, part.max_rows)
-    if sum(e.num_targets for e in examples) == 0:
-        raise UserError("evaluation: the held-out rows hold no trained token; give more of them")
+    examples: list[Any] = []
+    if not isinstance(recipe.objective, GrpoObjective):
+        stream, _ = eval_stream(recipe, tokenizer)
+        examples = one_pass(stream, part.max_rows)
+        if sum(e.num_targets for e in examples) == 0:
+            raise UserError(
+                "evaluation: the held-out rows hold no trained token; give more of them"
+            )
     probes: list[Probe] = []
     if part.exact_match and isinstance(recipe.objective, SftObjective):
         convert = sft_tokenizer(recipe.objective, tokenizer)
@@ -157,5 +186,5 @@ def build_evaluation(
     return EvaluationCallback(
         objective, examples, probes, tokenizer=tokenizer, every=part.every,
         at_start=part.at_start, batch_size=part.batch_size, max_new_tokens=part.max_new_tokens,
-        metric=part.metric, patience=part.patience, samples=samples,
+        metric=part.metric, patience=part.patience, samples=samples, player=player,
     )  # fmt: skip

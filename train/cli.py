@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Callable
 
 from mnemic.train.errors import RecipeError, UserError
 
@@ -71,6 +72,9 @@ def parser() -> argparse.ArgumentParser:
     export.add_argument("run", help="run folder")
     export.add_argument("target", help="folder to make")
     export.add_argument("--checkpoint", help="a folder of checkpoints/ instead of the result")
+    export.add_argument(
+        "--average", type=int, default=1, metavar="N", help="the mean of the newest N checkpoints"
+    )
     export.add_argument("--merge", action="store_true", help="fold the adapters into the model")
 
     generate = add("generate", "answer a prompt with a run's model")
@@ -80,10 +84,67 @@ def parser() -> argparse.ArgumentParser:
     generate.add_argument("--max-new-tokens", type=int, default=128)
     generate.add_argument("--base", action="store_true", help="answer without the adapters")
 
+    _add_memory(add)
+
     doctor = add("doctor", "tell versions, optional parts, disk speed, and what will not work")
     doctor.add_argument("path", nargs="?", default=".", help="where to measure the disk")
     doctor.add_argument("--json", action="store_true", help="print JSON")
     return top
+
+
+def _add_memory(add: Callable[[str, str], argparse.ArgumentParser]) -> None:
+    """`eval memory` and `memory show`."""
+    evaluate = add("eval", "measure what was trained on held-out data")
+    kinds = evaluate.add_subparsers(dest="kind", metavar="memory", required=True)
+    text = "a memory manager over held-out streams, beside memories made without one"
+    memory = kinds.add_parser("memory", help=text, description=text[0].upper() + text[1:] + ".")
+    memory.add_argument(
+        "target",
+        help="run folder, exported model with its memory.json, or a recipe (its untrained model)",
+    )
+    memory.add_argument(
+        "--suite", default="kvstream", metavar="NAME",
+        help="kvstream (default), locomo, longmemeval, memoryagentbench, squad, ttl or jsonl",
+    )  # fmt: skip
+    memory.add_argument("--path", metavar="FILE", help="the suite's file; kvstream is generated")
+    memory.add_argument("--episodes", type=int, metavar="N", help="at most, each seed; default 256")
+    memory.add_argument(
+        "--seeds", type=int, metavar="N", help="draws of episodes where they are drawn; default 3"
+    )
+    memory.add_argument(
+        "--conversations", metavar="I[,I...]", help="locomo: positions in the file; default: all"
+    )
+    memory.add_argument(
+        "--answerer", metavar="WHO",
+        help="rule, self, smollm2-135m, a model's folder or an http address; "
+        "default: the recipe's",
+    )  # fmt: skip
+    memory.add_argument(
+        "--answerer-model", metavar="NAME", help="the model's name at an http address"
+    )
+    memory.add_argument(
+        "--lengths", metavar="N[,N...]", help="kvstream: also streams of N times the chunks"
+    )
+    memory.add_argument(
+        "--baselines", metavar="NAME[,NAME...]",
+        help="of empty, insert-all, bm25, full and oracle; default: all",
+    )  # fmt: skip
+    memory.add_argument("--json", metavar="FILE", help="write rows, ratios and env")
+    memory.add_argument("--plot", metavar="FILE.png", help="draw it (extra plot)")
+    memory.add_argument(
+        "--set", nargs="+", action="extend", metavar="key=value",
+        help="memory.KEY or data.stream.KEY of a trained model; any key of a recipe",
+    )  # fmt: skip
+
+    look = add("memory", "look into the memories of a run")
+    actions = look.add_subparsers(dest="action", metavar="show", required=True)
+    text = "an episode of the last evaluation: chunks, operations, memory and answers"
+    show = actions.add_parser("show", help=text, description=text[0].upper() + text[1:] + ".")
+    show.add_argument("run", help="run folder")
+    show.add_argument("--episode", type=int, metavar="K", help="position in --list; default 0")
+    show.add_argument("--step", default="last", metavar="N", help="step of the evaluation")
+    show.add_argument("--list", action="store_true", help="list the episodes and what they earned")
+    show.add_argument("--html", metavar="FILE", help="write a page instead of printing")
 
 
 def main(argv: list[str] | None = None) -> int:

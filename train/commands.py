@@ -152,7 +152,9 @@ def schema(args: Namespace) -> int:
 def export(args: Namespace) -> int:
     from mnemic.train.export import export_run
 
-    out = export_run(args.run, args.target, checkpoint=args.checkpoint, merge=args.merge)
+    out = export_run(
+        args.run, args.target, checkpoint=args.checkpoint, merge=args.merge, average=args.average
+    )
     print(f"{out}: written; from_pretrained loads it")
     return 0
 
@@ -193,6 +195,18 @@ def _chat_ids(tokenizer: Any, system: str | None, prompt: str) -> list[int]:
 
     messages = with_system([{"role": "user", "content": prompt}], system)
     return render(tokenizer, messages, generation=True)
+
+
+def eval(args: Namespace) -> int:
+    from mnemic.train.eval_memory import eval_memory
+
+    return eval_memory(args)
+
+
+def memory(args: Namespace) -> int:
+    from mnemic.train.memory_show import memory_show
+
+    return memory_show(args)
 
 
 def doctor(args: Namespace) -> int:

@@ -1,25 +1,35 @@
 """Trained weights as plain HF or PEFT folders, and trained models back from run folders."""
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from mnemic.models.memory.episode import MemoryConfig
 from mnemic.train.checkpoint import list_checkpoints, verify
 from mnemic.train.errors import UserError
 from mnemic.train.folder import open_run, replace_folder
 from mnemic.train.recipe.recipe import Recipe
 
 
-def export_model(trainer: Any, tokenizer: Any, target: Path) -> None:
-    """Write the trainer's model and its tokenizer to `target`, replacing it whole."""
+def export_model(
+    trainer: Any, tokenizer: Any, target: Path, *, memory: MemoryConfig | None = None
+) -> None:
+    """Write the trainer's model and its tokenizer to `target`, replacing it whole; `memory`: how it
+    manages one, as memory.json.
+    """
     trainer.accelerator.wait_for_everyone()
     # Sharded weights are gathered by all ranks together; others are where they are.
     state = trainer.accelerator.get_state_dict(trainer.model) if trainer.sharded else None
     if trainer.is_main:
-        write_model(trainer.module, tokenizer, target, state=state)
+        write_model(trainer.module, tokenizer, target, state=state, memory=memory)
     trainer.accelerator.wait_for_everyone()
 
 
-def write_model(model: Any, tokenizer: Any, target: Path, *, state: Any = None) -> None:
+def write_model(
+    model: Any, tokenizer: Any, target: Path, *, state: Any = None,
+    memory: MemoryConfig | None = None,
+) -> None:  # fmt: skip
     """`save_pretrained` into a temp folder, then into place."""
     from mnemic.models.int8 import dense_state
 
@@ -29,6 +39,8 @@ def write_model(model: Any, tokenizer: Any, target: Path, *, state: Any = None) 
             state = dense_state(model)
         model.save_pretrained(temp, **({"state_dict": state} if state is not None else {}))
         tokenizer.save_pretrained(temp)
+        if memory is not None:
+            (temp / "memory.json").write_text(json.dumps(asdict(memory), indent=1) + "\n")
 
 
 def load_run(
@@ -77,12 +89,50 @@ def load_run(
     return model, tokenizer, recipe
 
 
-def export_run(run_dir: str, target: str, *, checkpoint: str | None, merge: bool) -> Path:
-    """Export a run to a new folder; `merge` folds adapters into the base model."""
+def average_checkpoints(model: Any, folder: Path, count: int) -> None:
+    """Put the mean, in fp32, of the newest `count` checkpoints' weights into `model` (MemSifter,
+    arXiv 2603.03379, averages three). Too few, or ones of a sharded engine, are a `UserError`.
+    """
+    import torch
+    from safetensors.torch import load_file
+
+    from mnemic.train.state import trained_tensors
+
+    found = [path for _, path in list_checkpoints(folder)][-count:]
+    if count < 2 or len(found) < count:
+        raise UserError(
+            f"--average {count}: {folder} holds {len(list_checkpoints(folder))} checkpoints; give "
+            "2 or more, as many as there are, and keep them with loop.keep_checkpoints"
+        )
+    sums: dict[str, Any] = {}
+    for path in found:
+        verify(path)
+        if not (path / "model.safetensors").is_file():
+            raise UserError(f"{path}: was written by a sharded engine; --average cannot read it")
+        for name, tensor in load_file(path / "model.safetensors").items():
+            if not tensor.is_floating_point():
+                raise UserError(f"{path}: {name} is {tensor.dtype}; --average needs real weights")
+            sums[name] = tensor.float() + sums.get(name, 0.0)
+    with torch.no_grad():
+        for name, tensor in trained_tensors(model).items():
+            tensor.copy_(sums[name] / count)
+
+
+def export_run(
+    run_dir: str, target: str, *, checkpoint: str | None, merge: bool, average: int = 1
+) -> Path:
+    """Export a run to a new folder; `merge` folds adapters into the base model, `average` takes the
+    mean of that many checkpoints.
+    """
     out = Path(target)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: exists already; give a new folder")
-    _, recipe = open_run(run_dir)
+    folder, recipe = open_run(run_dir)
+    if average > 1 and (checkpoint or recipe.update.kind == "streamed"):
+        raise UserError(
+            f"--average {average} takes the newest checkpoints of a run that is not streamed; "
+            "leave --checkpoint out"
+        )
     if merge and recipe.adapters.kind == "none":
         raise UserError(
             "--merge: this run trained the model itself, there are no adapters to merge"
@@ -94,6 +144,8 @@ def export_run(run_dir: str, target: str, *, checkpoint: str | None, merge: bool
             "export the adapter and merge it into the full-precision model"
         )
     model, tokenizer, recipe = load_run(run_dir, checkpoint, in_memory=merge)
+    if average > 1:
+        average_checkpoints(model, folder.checkpoints, average)
     if merge:
         model = model.merge_and_unload()
     if out.is_dir():
@@ -106,5 +158,6 @@ def export_run(run_dir: str, target: str, *, checkpoint: str | None, merge: bool
             export_engine(streamed.engine, model, temp)
             tokenizer.save_pretrained(temp)
         return out
-    write_model(model, tokenizer, out)
+    memory = MemoryConfig(**recipe.memory.model_dump()) if recipe.memory else None
+    write_model(model, tokenizer, out, memory=memory)
     return out

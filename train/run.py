@@ -20,6 +20,7 @@ from mnemic.train.preflight import (
     is_main_process,
 )
 from mnemic.train.recipe.load import dump_recipe
+from mnemic.train.recipe.memory import GrpoObjective
 from mnemic.train.recipe.recipe import Recipe
 from mnemic.train.recipe.training import InBackwardUpdate as InBackwardPart
 from mnemic.train.recipe.training import Loop, WandbTracking
@@ -79,11 +80,15 @@ def _run(
     from mnemic.train.callbacks.tokens import TokensCallback
     from mnemic.train.export import export_model
     from mnemic.train.in_backward import InBackwardUpdate
-    from mnemic.train.objectives.build import train_stream
+    from mnemic.train.objectives.base import Objective
+    from mnemic.train.objectives.build import memory_config, train_stream
+    from mnemic.train.objectives.grpo import PolicyObjective
     from mnemic.train.objectives.tokens import TokenObjective, keeps_packed_rows_apart
     from mnemic.train.offload.saved import saved_activations
     from mnemic.train.optimizers import build_optimizer
     from mnemic.train.plan.fits import check_fits
+    from mnemic.train.rollout.build import build_player, build_policy
+    from mnemic.train.state import autocast_of
     from mnemic.train.tokens import install_tokens
     from mnemic.train.trainer import Trainer
     from mnemic.train.update import DeepSpeedUpdate, PlainUpdate
@@ -94,8 +99,8 @@ def _run(
         from accelerate.utils import broadcast_object_list
 
         (start,) = broadcast_object_list([start])
-    micro = micro_batch_size(recipe.loop, accelerator.num_processes)
-    num_batches = recipe.loop.batch_size // (micro * accelerator.num_processes)
+    micro = micro_batch_size(recipe, accelerator.num_processes)
+    num_batches = max(1, recipe.loop.batch_size // (micro * accelerator.num_processes))
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         # The engine counts by itself and must be told what the recipe says.
         accelerator.state.deepspeed_plugin.deepspeed_config.update(
@@ -120,8 +125,11 @@ def _run(
     sparsity = install_tokens(recipe, model, tokenizer)
     check_length(recipe, model)
     total_steps = count_steps(recipe, tokenizer)
-    streams = train_stream(recipe, tokenizer, quiet=not accelerator.is_main_process)
-    if streams.packed and not keeps_packed_rows_apart(model):
+    grpo = isinstance(recipe.objective, GrpoObjective)
+    streams = None
+    if not grpo:
+        streams = train_stream(recipe, tokenizer, quiet=not accelerator.is_main_process)
+    if streams and streams.packed and not keeps_packed_rows_apart(model):
         raise UserError(
             f"objective.packing=true: {type(model).__name__} lets packed rows see each other; "
             "set it to false"
@@ -131,7 +139,7 @@ def _run(
     else:
         peak_optimizer = build_optimizer(recipe.optimizer, model, seed=recipe.loop.seed)
     in_backward = isinstance(recipe.update, InBackwardPart)
-    if in_backward and num_batches > 1:
+    if in_backward and (num_batches > 1 or grpo):
         log.warning(
             "update.kind=in_backward with %d micro-batches holds all gradients until the last one; "
             "it saves their memory with one micro-batch (loop.micro_batch_size=%d)",
@@ -146,14 +154,25 @@ def _run(
         optimizer = accelerator.prepare_optimizer(peak_optimizer)
     else:
         model, optimizer = accelerator.prepare(model, peak_optimizer)
-    objective = TokenObjective(
-        streams.stream, batch_size=recipe.loop.batch_size, micro_batch_size=micro,
-        pad_id=tokenizer.pad_token_id, packed=streams.packed, bad=streams.bad,
-        rank=accelerator.process_index, world=accelerator.num_processes,
-    )  # fmt: skip
+    plain = accelerator.unwrap_model(model)
+    if streams:
+        objective: Objective = TokenObjective(
+            streams.stream, batch_size=recipe.loop.batch_size, micro_batch_size=micro,
+            pad_id=tokenizer.pad_token_id, packed=streams.packed, bad=streams.bad,
+            rank=accelerator.process_index, world=accelerator.num_processes,
+        )  # fmt: skip
+    else:
+        autocast = partial(autocast_of, accelerator.device, recipe.loop.precision)
+        objective = build_policy(recipe, plain, tokenizer, accelerator, folder.path, autocast)
 
     memory = MemoryCallback()
-    evaluation = build_evaluation(recipe, tokenizer, objective, folder.samples)
+    shared = (
+        {"generator": objective.generator, "answerer": objective.answerer}
+        if isinstance(objective, PolicyObjective)
+        else {}
+    )
+    player = build_player(recipe, plain, tokenizer, folder.path, **shared)
+    evaluation = build_evaluation(recipe, tokenizer, objective, folder.samples, player)
     callbacks: list[Callback] = [
         *([evaluation] if evaluation else []),
         memory,
@@ -233,7 +252,7 @@ def _run(
         if streamed:
             streamed.export(folder.final)
         else:
-            export_model(trainer, tokenizer, folder.final)
+            export_model(trainer, tokenizer, folder.final, memory=memory_config(recipe))
         summary["exported"] = str(folder.final)
     if accelerator.is_main_process:
         write_atomic(folder.summary, json.dumps(summary, indent=1).encode())
@@ -264,6 +283,8 @@ def prompt_form(recipe: Recipe) -> str:
 
     if recipe.objective.kind == "lm":
         return "text"
+    if recipe.memory is not None:
+        return recipe.memory.form
     rows = reader(recipe.data, holdout=None, held=False, key="data", quiet=True)
     for row in one_pass(rows, 100):
         with suppress(FormatError):  # a bad row, already reported
@@ -289,16 +310,19 @@ def make_accelerator(loop: Loop) -> Any:
     )
 
 
-def micro_batch_size(loop: Loop, world: int) -> int:
+def micro_batch_size(recipe: Recipe, world: int) -> int:
     """Rows in one forward; `UserError` where the global batch does not divide evenly over the
-    ranks.
+    ranks. Rollouts need not: each gives as many rows as its stream has chunks.
     """
+    loop = recipe.loop
     if loop.batch_size % world:
         raise UserError(
             f"loop.batch_size={loop.batch_size} cannot be shared by {world} processes; "
             f"take a multiple of {world}"
         )
     micro = loop.micro_batch_size or loop.batch_size // world
+    if isinstance(recipe.objective, GrpoObjective):
+        return micro
     if loop.batch_size % (micro * world):
         raise UserError(
             f"loop.batch_size={loop.batch_size} is not a multiple of "

@@ -6,6 +6,7 @@ keep model and optimizer in accelerate's own layout under `accelerate/`, in the 
 """
 
 import random
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,13 @@ def bytes_of(state: Any) -> int:
     if isinstance(state, (list, tuple)):
         return sum(bytes_of(v) for v in state)
     return 0
+
+
+def autocast_of(device: torch.device, precision: str) -> Any:
+    """The context of a forward: bf16 autocast where `precision` says so."""
+    if precision != "bf16":
+        return nullcontext()
+    return torch.autocast(device.type, dtype=torch.bfloat16)
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

@@ -11,7 +11,6 @@ import math
 import signal
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from mnemic.train.checkpoint import CheckpointWriter, list_checkpoints, prune, v
 from mnemic.train.errors import UserError
 from mnemic.train.objectives.base import Objective
 from mnemic.train.state import (
+    autocast_of,
     bytes_of,
     load_trained,
     save_tensors,
@@ -92,9 +92,7 @@ class Trainer:
 
     def autocast(self) -> Any:
         """Context of every forward."""
-        if self.precision != "bf16":
-            return nullcontext()
-        return torch.autocast(self.accelerator.device.type, dtype=torch.bfloat16)
+        return autocast_of(self.accelerator.device, self.precision)
 
     def stop(self, reason: str) -> None:
         """End the run after the present step; the reason goes into the summary."""

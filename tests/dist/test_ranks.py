@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from memory_support import grpo_tree
 from support import lm_tree, rows_of, weights_of, write_recipe
 
 pytestmark = pytest.mark.dist
@@ -55,3 +56,28 @@ def test_two_ranks_are_one(tmp_path, update):
     train(two, 2, "loop.steps=5")
     train(two, 1)
     close(two, one)
+
+
+def test_two_ranks_play_and_train_what_one_does(tmp_path, warm_model):
+    """Memory training: the same episodes, the same update."""
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        tree = grpo_tree(
+            tmp_path / name, warm_model,
+            objective={"rewards": {"counterfactual": 0.2}},
+            loop={"steps": 3, "schedule": "constant"},
+            evaluation={"data": {"kind": "kvstream", "split": "heldout", "size": 6}, "every": 3,
+                        "metric": "eval/r1"},
+        )  # fmt: skip
+        write_recipe(tmp_path / name / "recipe.yaml", tree)
+    train(tmp_path / "one", 1)
+    train(tmp_path / "two", 2)
+    one, two = rows_of(tmp_path / "one" / "run"), rows_of(tmp_path / "two" / "run")
+    assert any(row.get("grad_norm") for row in one)
+    for row, expected in zip(two, one, strict=True):
+        assert row.keys() == expected.keys()
+        for key, value in expected.items():
+            assert row[key] == pytest.approx(value, rel=1e-4, abs=1e-6), (key, row["step"])
+    mine, theirs = (weights_of(tmp_path / n / "run" / "final") for n in ("two", "one"))
+    for name, weight in theirs.items():
+        assert float((mine[name] - weight).abs().max()) < 2e-4, name

@@ -1,6 +1,7 @@
 """Every shipped recipe, shrunk, through the real command; our configurations in accelerate."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -33,8 +34,19 @@ SHRUNK = {
     "long_context_exact": ["objective.max_length=96", "loop.sequence_chunk=32", *LONG],
     "long_context_sparse": ["objective.max_length=96", "tokens.block=8", "tokens.probe_every=2",
                             *LONG],
+    "memory_sft_tiny": ["model.layers=1", "data.size=60", "loop.steps=6", "evaluation.every=6",
+                        "evaluation.data.size=8", "loop.save_every=3"],
+    "memory_grpo_tiny": ["model.path=warm", "loop.steps=3", "loop.batch_size=16",
+                         "evaluation.data.size=8", "evaluation.every=3", "loop.save_every=2"],
+    "memory_sft_smollm2": ["loop.steps=2", "data.size=20", "evaluation.data.size=2",
+                           "evaluation.every=2", "evaluation.play=1", "memory.max_new_tokens=4"],
+    "memory_grpo_smollm2": ["model.kind=smollm2-135m", "loop.steps=2", "loop.batch_size=4",
+                            "objective.num_generations=2", "memory.max_new_tokens=4",
+                            "evaluation.data.size=1", "evaluation.every=2",
+                            "data.stream.n_chunks=2"],
 }  # fmt: skip
-PLANNED = {"long_context_qwen3_8b"}
+SLOW = {"long_context_exact", "memory_sft_smollm2", "memory_grpo_smollm2"}
+PLANNED = {"long_context_qwen3_8b", "memory_grpo_qwen3_4b"}
 """Recipes for machines that this is not: validated and planned."""
 
 
@@ -54,10 +66,12 @@ def test_every_recipe_is_run_by_a_test():
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(n, marks=pytest.mark.slow) if n == "long_context_exact" else n for n in SHRUNK],
+    [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in SHRUNK],
 )
 def test_a_shrunk_recipe_runs_resumes_and_exports(tmp_path, name, request, fork_server):
-    if not name.startswith("pretrain"):
+    if name == "memory_grpo_tiny":
+        shutil.copytree(request.getfixturevalue("warm_model"), tmp_path / "warm")
+    elif not name.startswith("pretrain") and name != "memory_sft_tiny":
         request.getfixturevalue("real_model")
     (tmp_path / "text.txt").write_text(TEXT * 3)
     long = [
@@ -70,22 +84,24 @@ def test_a_shrunk_recipe_runs_resumes_and_exports(tmp_path, name, request, fork_
     run = tmp_path / "runs" / name
     rows = rows_of(run)
     assert [row["step"] for row in rows] == list(range(rows[-1]["step"] + 1))
-    assert "eval/loss" in rows[0] and "eval/loss" in rows[-1]
+    metric = "eval/r1" if "grpo" in name else "eval/loss"
+    assert metric in rows[-1] and (metric in rows[0] or name == "memory_sft_smollm2")
     assert json.loads((run / "summary.json").read_text())["exported"]
-    assert "held-out loss: before" in done.stdout and "peak memory" in done.stdout
+    assert f"held-out {metric[5:]}: " in done.stdout and "peak memory" in done.stdout
     status, again = fork_server.run("train", name, *SHRUNK[name], cwd=tmp_path)
     assert status == 0 and "resuming from" in again
     status, answer = fork_server.run(
         "generate", f"runs/{name}", "Maya: I live in Lisbon.", "--max-new-tokens", 4, cwd=tmp_path
     )
-    # Six steps teach bytes nothing, so that answer may be empty.
-    assert status == 0 and (answer.strip() or name.startswith("pretrain")), answer
+    # Six steps teach bytes nothing, so that answer may be empty; so may an untaught manager's.
+    assert status == 0 and (answer.strip() or name.startswith(("pretrain", "memory"))), answer
 
 
 @pytest.mark.parametrize("name", sorted(PLANNED))
 def test_a_planned_recipe_is_valid(name, tmp_path):
     rows = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": "b"}])
-    done = mnemic("validate", name, f"data.path={rows}", cwd=tmp_path)
+    given = [] if name.startswith("memory") else [f"data.path={rows}"]
+    done = mnemic("validate", name, *given, cwd=tmp_path)
     assert done.returncode == 0 and "valid; it would train" in done.stdout, done.stderr
 
 

@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mnemic.train.callbacks.base import Callback, MetricsRow
+from mnemic.train.checkpoint import write_atomic
 from mnemic.train.data.collate import collate
 from mnemic.train.data.tokenize import Example
 from mnemic.train.generate import generate_greedy
 from mnemic.train.objectives.base import Objective
+from mnemic.train.rollout.evaluate import Player, sums
 
 if TYPE_CHECKING:
     from mnemic.train.trainer import Trainer
@@ -31,10 +33,11 @@ class Probe:
 
 
 class EvaluationCallback(Callback):
-    """Adds `eval/loss` (mean over held-out trained tokens) and, with probes, `eval/exact_match`.
+    """Adds `eval/loss` (mean over held-out trained tokens), with probes `eval/exact_match`, and
+    with a player `eval/r1` and what was done to memories; each where it has something to measure.
 
     Exact match compares whole texts, white space at both ends aside. Rows are shared out over the
-    ranks.
+    ranks. Episodes played go to episodes.jsonl beside the samples, those of the last evaluation.
     """
 
     name = "evaluation"
@@ -53,11 +56,13 @@ class EvaluationCallback(Callback):
         metric: str,
         patience: int | None,
         samples: Path,
+        player: Player | None = None,
     ) -> None:
         self.objective, self.examples, self.probes = objective, examples, probes
         self.tokenizer, self.every, self.at_start = tokenizer, every, at_start
         self.batch_size, self.max_new_tokens = batch_size, max_new_tokens
         self.metric, self.patience, self.samples = metric, patience, samples
+        self.player = player
         self.best: float | None = None
         self.best_step = 0
         self.without_gain = 0
@@ -131,14 +136,29 @@ class EvaluationCallback(Callback):
                 t.strip() == p.reference.strip() for t, p in zip(texts, mine, strict=True)
             )
         loss, weight, matches = trainer.sum_over_ranks([loss, weight, float(matches)])
+        found = {"eval/loss": loss / weight} if self.examples else {}
+        if self.player:
+            found |= self._play(trainer, self.player, step)
         model.train()
-        found = {"eval/loss": loss / weight}
         if self.probes:
             found["eval/exact_match"] = matches / len(self.probes)
             if trainer.is_main:
                 self._write_samples(step, mine, texts)
         found["perf/eval_seconds"] = time.perf_counter() - start
         return found
+
+    def _play(self, trainer: "Trainer", player: Player, step: int) -> dict[str, float]:
+        rank, world = trainer.accelerator.process_index, trainer.accelerator.num_processes
+        with trainer.autocast():
+            played = player.play(rank, world)
+        names = list(sums(played))
+        total = dict(zip(names, trainer.sum_over_ranks(list(sums(played).values())), strict=True))
+        if trainer.is_main:
+            lines = [json.dumps({"step": step, **p.trace()}, ensure_ascii=False) for p in played]
+            path = self.samples.with_name("episodes.jsonl")
+            write_atomic(path, "".join(line + "\n" for line in lines[:64]).encode())
+        episodes = total.pop("episodes")
+        return {f"eval/{key}": value / episodes for key, value in total.items()}
 
     def _write_samples(self, step: int, probes: list[Probe], texts: list[str]) -> None:
         with self.samples.open("a", encoding="utf-8") as file:

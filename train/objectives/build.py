@@ -5,14 +5,17 @@ knows both.
 from dataclasses import dataclass
 from typing import Any
 
+from mnemic.models.memory.episode import MemoryConfig
 from mnemic.train.data.collate import pack_rows
 from mnemic.train.data.formats import FormatError, as_example, as_text
-from mnemic.train.data.rows import BadRow, BadRows, Row
+from mnemic.train.data.memory.episode import EpisodeRow, as_episode
+from mnemic.train.data.rows import BadRow, BadRows, Row, Source
 from mnemic.train.data.sources import TextSource, open_source
-from mnemic.train.data.stream import Concat, Map, Reader, Stage, Window, shuffled
+from mnemic.train.data.stream import Concat, Map, Reader, Stage, Window, one_pass, shuffled
 from mnemic.train.data.tokenize import Example, SftTokenizer, lm_ids
 from mnemic.train.errors import UserError
-from mnemic.train.recipe.data import Data
+from mnemic.train.preflight import turns_of
+from mnemic.train.recipe.data import Data, KvStreamData
 from mnemic.train.recipe.recipe import Recipe
 from mnemic.train.recipe.training import LmObjective, SftObjective
 
@@ -26,11 +29,17 @@ class Streams:
     packed: bool
 
 
+def memory_config(recipe: Recipe) -> MemoryConfig | None:
+    """The memory a recipe trains, or plays with."""
+    return MemoryConfig(**recipe.memory.model_dump()) if recipe.memory else None
+
+
 def reader(
-    data: Data, *, holdout: float | None, held: bool, key: str, quiet: bool = False
-) -> Reader:
+    data: Data, *, holdout: float | None, held: bool, key: str, quiet: bool = False,
+    turns: MemoryConfig | None = None,
+) -> Reader:  # fmt: skip
     """Rows of `data`: with `holdout`, either those held out (`held`) or the others."""
-    source = open_source(data, key=key)
+    source = open_source(data, key=key, turns=turns)
     bad = BadRows(data.on_bad_row, key=key, quiet=quiet)
     if holdout is None:
         return Reader(source, bad)
@@ -61,12 +70,15 @@ def train_stream(recipe: Recipe, tokenizer: Any, *, quiet: bool = False) -> Stre
     """
     data, objective, seed = recipe.data, recipe.objective, recipe.loop.seed
     holdout = recipe.evaluation.holdout if recipe.evaluation else None
-    rows = reader(data, holdout=holdout, held=False, key="data", quiet=quiet)
+    rows = reader(
+        data, holdout=holdout, held=False, key="data", quiet=quiet, turns=turns_of(recipe)
+    )
     if isinstance(objective, LmObjective):
         stream = _lm(rows, tokenizer, objective)
         if data.shuffle:
             stream = shuffled(stream, data.shuffle_window, seed)
         return Streams(stream, rows.bad, packed=False)
+    assert isinstance(objective, SftObjective)
     upstream = shuffled(rows, data.shuffle_window, seed) if data.shuffle else rows
     examples = _sft(upstream, tokenizer, objective, rows.bad)
     if not objective.packing:
@@ -87,15 +99,49 @@ def eval_stream(recipe: Recipe, tokenizer: Any) -> tuple[Stage[Any], BadRows]:
     rows = eval_rows(recipe)
     if isinstance(objective, LmObjective):
         return _lm(rows, tokenizer, objective, flush=True), rows.bad
+    assert isinstance(objective, SftObjective)
     return _sft(rows, tokenizer, objective, rows.bad), rows.bad
 
 
 def eval_rows(recipe: Recipe, *, quiet: bool = False) -> Reader:
     evaluation = recipe.evaluation
     assert evaluation is not None
+    turns = turns_of(recipe)
     if evaluation.data is not None:
-        return reader(evaluation.data, holdout=None, held=False, key="evaluation.data", quiet=quiet)
-    return reader(recipe.data, holdout=evaluation.holdout, held=True, key="data", quiet=quiet)
+        return reader(
+            evaluation.data, holdout=None, held=False, key="evaluation.data", quiet=quiet,
+            turns=turns,
+        )  # fmt: skip
+    return reader(
+        recipe.data, holdout=evaluation.holdout, held=True, key="data", quiet=quiet, turns=turns
+    )
+
+
+def episode_stream(recipe: Recipe, *, quiet: bool = False) -> tuple[Stage[EpisodeRow], Source]:
+    """The endless stream of episodes that objective `grpo` draws from, and its source."""
+    data = recipe.data
+    rows = reader(data, holdout=None, held=False, key="data", quiet=quiet)
+    # Generated episodes are drawn at random already, and a curriculum's must be made when played.
+    shuffle = data.shuffle and not isinstance(data, KvStreamData)
+    upstream = shuffled(rows, data.shuffle_window, recipe.loop.seed) if shuffle else rows
+    return Map(upstream, lambda row: _episode(row, rows.bad)), rows.source
+
+
+def held_episodes(recipe: Recipe, limit: int | None) -> list[EpisodeRow]:
+    """Held-out episodes to play, in order."""
+    evaluation = recipe.evaluation
+    assert evaluation is not None
+    data = evaluation.data or recipe.data
+    rows = reader(data, holdout=None, held=False, key="evaluation.data", quiet=True)
+    return one_pass(Map(rows, lambda row: _episode(row, rows.bad)), limit)
+
+
+def _episode(row: Row, bad: BadRows) -> EpisodeRow | None:
+    try:
+        return as_episode(row.fields)
+    except FormatError as error:
+        bad.add(BadRow(str(error), row.where, row.after))
+        return None
 
 
 def _lm(

@@ -16,7 +16,8 @@ from mnemic.train.data.sources import find_files
 from mnemic.train.data.stream import one_pass, take
 from mnemic.train.data.tokenize import Example
 from mnemic.train.errors import UserError
-from mnemic.train.recipe.data import FactsData, HubData, TextData
+from mnemic.train.recipe.data import EpisodesData, FactsData, HubData, KvStreamData, TextData
+from mnemic.train.recipe.memory import GrpoObjective, HfGenerator
 from mnemic.train.recipe.recipe import Recipe
 from mnemic.train.recipe.training import LmObjective
 
@@ -81,6 +82,8 @@ def shapes_of(recipe: Recipe, tokenizer: Any | None, length: int | None = None) 
     the recipe's.
     """
     objective, loop = recipe.objective, recipe.loop
+    if isinstance(objective, GrpoObjective):
+        return _rollout_shapes(recipe, objective, length)
     lm = isinstance(objective, LmObjective)
     most = length or (objective.seq_len if lm else objective.max_length)
     micro = loop.micro_batch_size or loop.batch_size
@@ -101,6 +104,25 @@ def shapes_of(recipe: Recipe, tokenizer: Any | None, length: int | None = None) 
         found.note += "" if lm else ", all of them trained"
         return found
     return looked
+
+
+_CHUNKS = 8
+"""Of an episode, where its file would have to be read to know."""
+
+
+def _rollout_shapes(recipe: Recipe, objective: GrpoObjective, length: int | None) -> Shapes:
+    """Rows of at most `max_length` tokens, one a chunk, and the prompts of a generation."""
+    loop, data = recipe.loop, recipe.data
+    most = length or objective.max_length
+    micro = loop.micro_batch_size or loop.batch_size
+    chunks = data.stream.n_chunks if isinstance(data, KvStreamData) else _CHUNKS
+    count = max(1, math.ceil(loop.batch_size * chunks / micro))
+    found = Shapes([Shape(micro, most, padded=True)] * count)
+    found.note = f"at most {micro} rows of {most:,} tokens (objective.max_length) at once"
+    if isinstance(objective.generator, HfGenerator):
+        rows = min(objective.generator.batch_size, loop.batch_size)
+        found.prompts = Shape(rows, most, 1, padded=True)
+    return found
 
 
 def _look(recipe: Recipe, tokenizer: Any, known: Shapes | None) -> Shapes:
@@ -187,6 +209,10 @@ def _waiting_bytes(recipe: Recipe, tokenizer: Any, rows: Sequence[Example]) -> i
     each = sum(_size(row) for row in rows) / len(rows)
     if isinstance(data, FactsData):
         return int(min(data.shuffle_window, data.size) * each)
+    if isinstance(data, KvStreamData):
+        return int(min(data.shuffle_window, data.size * data.stream.n_chunks) * each)
+    if isinstance(data, EpisodesData):
+        return 0  # objective grpo's, whose rows are few
     if isinstance(data, HubData):
         return int(data.shuffle_window * each)
     text = tokenizer.batch_decode([list(row.input_ids) for row in rows])
