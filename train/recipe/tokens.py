@@ -181,8 +181,8 @@ _ATTENTION_ONLY = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 def check_tokens(tokens: Any, adapters: Any, objective: Any, update: Any, loop: Any) -> list[str]:
     """Which token sparsity goes with what else: a sentence for what does not."""
-    if isinstance(tokens, NoTokens):
-        return []
+    if isinstance(tokens, NoTokens) or objective.kind == "grpo":
+        return []  # refused by check_memory
     problems = []
     if update.kind == "streamed":
         problems.append(
