@@ -1,8 +1,8 @@
 """Batched generation with transformers' own `generate`, whose samples do not depend on the batch.
 
-A sample is the argmax of logits plus Gumbel noise, and a row's noise comes from a generator of its
-own: the same seed gives the same text whatever else is in the batch, on whatever rank, up to the
-rounding of logits. That is sampling from the softmax exactly (Gumbel-max).
+A row's random numbers come from a generator of its own, one for each token, and choose by the
+inverse of the cumulated probabilities: the same seed gives the same text whatever else is in the
+batch, on whatever rank, up to the rounding of logits.
 """
 
 from collections.abc import Sequence
@@ -21,20 +21,28 @@ class Generated:
     cut: bool
 
 
-class GumbelNoise:
-    """A logits processor: adds to row i Gumbel noise from the stream of `seeds[i]`."""
+class Draws:
+    """A logits processor that leaves one token of each row, drawn from the softmax: token n of row
+    i by the n-th number of the stream of `seeds[i]`.
+    """
 
-    def __init__(self, seeds: Sequence[int], temperature: float) -> None:
-        self.temperature = temperature
-        self.generators = [torch.Generator().manual_seed(seed & (2**63 - 1)) for seed in seeds]
+    def __init__(self, seeds: Sequence[int], count: int, temperature: float) -> None:
+        self.temperature, self.calls = temperature, 0
+        rows = []
+        for seed in seeds:
+            generator = torch.Generator().manual_seed(seed & (2**63 - 1))
+            rows.append(torch.rand(count, generator=generator, dtype=torch.float64))
+        self.numbers = torch.stack(rows)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         del input_ids
-        size = scores.shape[-1]
-        noise = torch.stack(
-            [torch.empty(size).exponential_(generator=g).log_().neg_() for g in self.generators]
-        )
-        return scores.float() / self.temperature + noise.to(scores.device)
+        at = self.numbers[:, self.calls, None].to(scores.device)
+        self.calls += 1
+        # In fp64: the sum over a large vocabulary is not 1 in fp32.
+        cumulated = (scores.float() / self.temperature).softmax(-1).double().cumsum(-1)
+        chosen = torch.searchsorted(cumulated, at * cumulated[:, -1:], right=True)
+        chosen.clamp_(max=scores.shape[-1] - 1)
+        return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0.0)
 
 
 @torch.no_grad()
@@ -48,12 +56,14 @@ def generate(
     batch_size: int = 16,
     seeds: Sequence[int] | None = None,
     temperature: float = 1.0,
+    adapter_names: Sequence[str] | None = None,
 ) -> list[Generated]:
     """The continuation of each prompt, in their order: greedy, or sampled where `seeds` are given.
 
     Prompts run in batches of similar length, padded on the left. Of the model's own generation
     settings only its end tokens count: a repetition penalty would sample from another policy than
-    the one that is trained.
+    the one that is trained. `adapter_names`: of a PeftModel, the adapter of each prompt
+    (`__base__`: none), in mixed batches.
     """
     from transformers import GenerationConfig
 
@@ -79,10 +89,11 @@ def generate(
             for row, j in enumerate(chunk):
                 ids[row, length - len(prompts[j]) :] = torch.tensor(prompts[j])
                 mask[row, length - len(prompts[j]) :] = 1
-            noise = seeds and [GumbelNoise([seeds[j] for j in chunk], temperature)]
+            names = adapter_names and {"adapter_names": [adapter_names[j] for j in chunk]}
+            draws = seeds and [Draws([seeds[j] for j in chunk], max_new_tokens, temperature)]
             output = model.generate(
                 input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config,
-                logits_processor=noise or None,
+                logits_processor=draws or None, **(names or {}),
             )  # fmt: skip
             for row, j in enumerate(chunk):
                 new = output[row, length:].tolist()

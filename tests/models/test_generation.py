@@ -2,7 +2,7 @@
 
 import torch
 
-from mnemic.models.generation import GumbelNoise, generate
+from mnemic.models.generation import Draws, generate
 from mnemic.models.tiny import byte_tokenizer, tiny_llama
 
 TOKENIZER = byte_tokenizer(256)
@@ -29,16 +29,20 @@ def test_a_sample_depends_on_its_seed_and_not_on_the_batch():
     assert sample(made, prompts, [7, 8, 10])[2] != together[2]
 
 
-def test_gumbel_noise_samples_the_softmax():
+def test_draws_are_of_the_softmax():
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
-    noise = GumbelNoise([5], 1.0)
-    drawn = torch.stack([noise(None, logits).argmax(-1)[0] for _ in range(20000)])
-    found = torch.bincount(drawn, minlength=4) / 20000
-    assert torch.allclose(found, logits.softmax(-1)[0], atol=0.012)
-    cold = GumbelNoise([5], 0.5)
-    drawn = torch.stack([cold(None, logits).argmax(-1)[0] for _ in range(20000)])
-    found = torch.bincount(drawn, minlength=4) / 20000
-    assert torch.allclose(found, (logits / 0.5).softmax(-1)[0], atol=0.012)
+    for temperature in (1.0, 0.5):
+        draws = Draws([5], 20000, temperature)
+        drawn = torch.stack([draws(None, logits).argmax(-1)[0] for _ in range(20000)])
+        found = torch.bincount(drawn, minlength=4) / 20000
+        assert torch.allclose(found, (logits / temperature).softmax(-1)[0], atol=0.012)
+
+
+def test_a_token_without_probability_is_never_drawn():
+    logits = torch.full((1, 8), -torch.inf)
+    logits[0, 3] = 0.0
+    draws = Draws([1], 200, 1.0)
+    assert all(int(draws(None, logits).argmax(-1)) == 3 for _ in range(200))
 
 
 def test_the_models_own_generation_settings_do_not_count_and_stay_as_they_were():
