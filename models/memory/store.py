@@ -171,6 +171,11 @@ class Memory:
         self._room(size - self.count(self.core))
         self._put_core(content)
 
+    def number_from(self, first: int) -> None:
+        """Give the next entry number `first`, which none may have yet."""
+        assert first >= self._next, (first, self._next)
+        self._next = first
+
     def get(self, id: str) -> Entry | None:
         """The entry of that id, deleted ones included."""
         return self._entries.get(id)

@@ -103,6 +103,10 @@ class Teacher(Part):
     """Lets stand what ended."""
     keep_noise: float = Field(default=0.0, ge=0, le=1)
     """Remembers small talk."""
+    first_id: int = Field(default=0, ge=0)
+    """Entries of an episode are numbered from a random start up to this, so that the ids of streams
+    longer than those trained on are known.
+    """
 
 
 class Stream(Part):

@@ -28,6 +28,8 @@ class Weaknesses:
     insert_for_update: float = 0.0
     skip_delete: float = 0.0
     keep_noise: float = 0.0
+    first_id: int = 0
+    """The first entry's number is drawn up to this."""
 
 
 def net(gold: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, str | None]]:
@@ -81,7 +83,9 @@ def turns(
     it. `row.gold` must be there.
     """
     draw = random.Random(f"teacher {seed} {row.id}")
-    episode = MemoryEpisode(row.chunks, [], config)
+    store = config.make_store()
+    store.number_from(draw.randint(0, weaknesses.first_id))
+    episode = MemoryEpisode(row.chunks, [], config, store=store)
     for steps in net_steps(row.gold):
         view = episode.view()
         operations = teach(episode, steps, weaknesses, draw)
