@@ -11,6 +11,7 @@ from mnemic.train.data.rows import Row
 from mnemic.train.data.stream import one_pass
 from mnemic.train.errors import UserError
 from mnemic.train.exact import checkpoint_layers, install
+from mnemic.train.folder import replace_folder
 from mnemic.train.objectives.base import Objective
 from mnemic.train.objectives.build import eval_rows, eval_stream, reader, sft_tokenizer
 from mnemic.train.preflight import turns_of
@@ -46,6 +47,25 @@ def build_tokenizer(recipe: Recipe) -> Any:
         )
     except LoadError as error:
         raise UserError(f"model: {error}") from error
+
+
+def run_tokenizer(recipe: Recipe, folder: Path, *, keep: bool = False) -> Any:
+    """`build_tokenizer` for the run in `folder`. A vocabulary learned from data is the run's own
+    from then on (`keep` writes it there): the data may change, and other ids would be another
+    model's.
+    """
+    from mnemic.models.load import load_tokenizer
+
+    kept = folder / "tokenizer"
+    if not isinstance(recipe.model, TinyModel) or recipe.model.vocab_size is None:
+        return build_tokenizer(recipe)
+    if kept.is_dir():
+        return load_tokenizer(str(kept))
+    tokenizer = build_tokenizer(recipe)
+    if keep:
+        with replace_folder(kept) as temp:
+            tokenizer.save_pretrained(temp)
+    return tokenizer
 
 
 _VOCABULARY_ROWS = 4000

@@ -49,7 +49,7 @@ def load_run(
     """(model, tokenizer, recipe) of a run at its newest (or the given) checkpoint, a streamed one
     at its last commit. A streamed model stays where it is, unless `in_memory` (adapters only).
     """
-    from mnemic.train.build import build_model, build_tokenizer
+    from mnemic.train.build import build_model, run_tokenizer
     from mnemic.train.state import load_trained
 
     folder, recipe = open_run(run_dir)
@@ -71,7 +71,7 @@ def load_run(
     if streamed and not in_memory:
         from mnemic.train.offload.run import load_streamed
 
-        tokenizer = build_tokenizer(recipe)
+        tokenizer = run_tokenizer(recipe, folder.path)
         loaded = load_streamed(recipe, tokenizer, folder.path, source, given=given)
         loaded.model.eval()
         loaded.model.streamed = loaded  # stays open as long as the model is there
@@ -82,7 +82,7 @@ def load_run(
         raise UserError(
             f"{source}: was written by a sharded engine; use {folder.final} with from_pretrained"
         )
-    tokenizer = build_tokenizer(recipe)
+    tokenizer = run_tokenizer(recipe, folder.path)
     model = build_model(recipe, tokenizer)
     load_trained(model, source / "model.safetensors")
     model.eval()

@@ -70,8 +70,8 @@ def _run(
     from mnemic.train.build import (
         build_evaluation,
         build_model,
-        build_tokenizer,
         check_length,
+        run_tokenizer,
     )
     from mnemic.train.callbacks.base import Callback
     from mnemic.train.callbacks.console import ConsoleCallback
@@ -111,7 +111,7 @@ def _run(
 
     # Rank 0 first: a model that must be fetched is fetched once.
     with accelerator.main_process_first():
-        tokenizer = build_tokenizer(recipe)
+        tokenizer = run_tokenizer(recipe, folder.path, keep=True)
         check_fits(recipe, tokenizer, accelerator.device)
         if work is None:
             model = build_model(recipe, tokenizer)
