@@ -115,6 +115,12 @@ def _add_memory(add: Callable[[str, str], argparse.ArgumentParser]) -> None:
         "--conversations", metavar="I[,I...]", help="locomo: positions in the file; default: all"
     )
     memory.add_argument(
+        "--questions", type=int, metavar="N", help="of an episode of a file, at most; default: all"
+    )
+    memory.add_argument(
+        "--chunk", type=int, metavar="N", help="characters of a chunk, where a text is cut"
+    )
+    memory.add_argument(
         "--answerer", metavar="WHO",
         help="rule, self, smollm2-135m, a model's folder or an http address; "
         "default: the recipe's",

@@ -6,6 +6,7 @@ Arguments to report; eval_target.py loads what is evaluated, rollout/suite.py pl
 import json
 import logging
 import math
+import random
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -24,6 +25,8 @@ log = logging.getLogger("mnemic")
 SUITES = ("kvstream", "locomo", "longmemeval", "memoryagentbench", "squad", "ttl", "jsonl")
 SEEDED = ("kvstream", "squad", "ttl")
 """Suites that draw their episodes."""
+CHUNKED = ("locomo", "longmemeval", "memoryagentbench")
+"""Suites whose streams are cut here."""
 FIRST_SEED = 1000
 """Past the seeds of recipes: no checkpoint was chosen by these episodes."""
 _LEAST = 16
@@ -42,6 +45,8 @@ class Request:
     conversations: list[int] | None
     lengths: list[int]
     baselines: list[str]
+    questions: int | None = None
+    chunk: int | None = None
 
 
 def eval_memory(args: Namespace) -> int:
@@ -97,7 +102,12 @@ def check(args: Namespace) -> tuple[Request, list[str]]:
         raise RecipeError(f"--conversations: is for --suite locomo, not {suite}")
     if args.lengths and suite != "kvstream":
         raise RecipeError(f"--lengths: a file has the length it has; leave it out with {suite}")
-    for name, value in (("--episodes", args.episodes), ("--seeds", args.seeds)):
+    if args.chunk and suite not in CHUNKED:
+        raise RecipeError(f"--chunk: is for {', '.join(CHUNKED)}; {suite} has chunks of its own")
+    for name, value in (
+        ("--episodes", args.episodes), ("--seeds", args.seeds), ("--questions", args.questions),
+        ("--chunk", args.chunk),
+    ):  # fmt: skip
         if value is not None and value < 1:
             raise RecipeError(f"{name}: must be 1 or more, got {value}")
     seeds = 3 if args.seeds is None else args.seeds
@@ -112,6 +122,7 @@ def check(args: Namespace) -> tuple[Request, list[str]]:
         [FIRST_SEED + i for i in range(seeds)], conversations or None,
         sorted(set(_numbers("--lengths", args.lengths, 1))),
         [_one_of("--baselines", name, BASELINES) for name in chosen],
+        args.questions, args.chunk,
     )  # fmt: skip
     return request, notes
 
@@ -130,13 +141,23 @@ def rows_of(request: Request, stream: KvStream, seed: int, count: int) -> list[E
         options["episodes"] = count
     if request.suite == "locomo":
         options["conversations"] = request.conversations
+    if request.chunk:
+        options["chunk_chars"] = request.chunk
     try:
         found = list(islice(LOADERS[request.suite](request.path, **options), count))
     except (UserError, ValueError) as error:
         raise UserError(f"--path: {str(error).removeprefix('data.path: ')}") from None
     if not found:
         raise UserError(f"--path {request.path}: holds no episodes")
-    return found
+    return [_fewer(row, request.questions) for row in found]
+
+
+def _fewer(row: EpisodeRow, count: int | None) -> EpisodeRow:
+    """The row with at most `count` of its questions, drawn by its id: the same for all readers."""
+    if count is None or len(row.questions) <= count:
+        return row
+    chosen = sorted(random.Random(row.id).sample(range(len(row.questions)), count))
+    return replace(row, questions=tuple(row.questions[i] for i in chosen))
 
 
 def evaluate(target: Target, request: Request, answerer: Any) -> Any:

@@ -146,3 +146,16 @@ def test_a_missing_or_foreign_file_is_the_options(tmp_path):
 def test_help_is_there(tmp_path):
     found = mnemic("eval", "memory", "--help", cwd=tmp_path)
     assert found.returncode == 0 and "--baselines" in found.stdout
+
+
+def test_fewer_questions_are_the_same_ones_for_every_reader(tmp_path):
+    questions = [{"q": f"q{i}", "answers": ["a"]} for i in range(20)]
+    row = {"id": "x", "source": "t", "chunks": ["c"], "questions": questions}
+    path = write_jsonl(tmp_path / "rows.jsonl", [row])
+    args = ["eval", "memory", "R", "--suite", "jsonl", "--path", str(path), "--questions", "4"]
+    request, _ = check(parser().parse_args(args))
+    found = [rows_of(request, KvStream(), seed, 5)[0].questions for seed in (0, 1)]
+    assert len(found[0]) == 4 and found[0] == found[1]
+    assert {q.q for q in found[0]} < {f"q{i}" for i in range(20)}
+    with pytest.raises(UserError, match="--chunk: is for locomo, longmemeval, memoryagentbench"):
+        check(parser().parse_args([*args, "--chunk", "300"]))
