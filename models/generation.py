@@ -89,11 +89,11 @@ def generate(
             for row, j in enumerate(chunk):
                 ids[row, length - len(prompts[j]) :] = torch.tensor(prompts[j])
                 mask[row, length - len(prompts[j]) :] = 1
-            names = adapter_names and {"adapter_names": [adapter_names[j] for j in chunk]}
+            rows = {"adapter_names": [adapter_names[j] for j in chunk]} if adapter_names else {}
             draws = seeds and [Draws([seeds[j] for j in chunk], max_new_tokens, temperature)]
             output = model.generate(
                 input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config,
-                logits_processor=draws or None, **(names or {}),
+                logits_processor=draws or None, **rows,
             )  # fmt: skip
             for row, j in enumerate(chunk):
                 new = output[row, length:].tolist()

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from mnemic.models.memory.episode import MemoryConfig, MemoryEpisode
     from mnemic.models.memory.manager import MemoryManager
     from mnemic.models.memory.model_reader import ModelReader, SelfReader
+    from mnemic.models.memory.pipeline import MemoryPipeline
     from mnemic.models.memory.rule_reader import RuleReader
     from mnemic.models.memory.sqlite import SqliteMemory, open_store
     from mnemic.models.memory.store import Change, Entry, Memory, OperationError
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Answerer", "Ask", "Change", "Endpoint", "EndpointError", "EndpointReader", "Entry", "Memory",
-    "MemoryConfig", "MemoryEpisode", "MemoryManager", "ModelReader", "OperationError", "RuleReader",
+    "MemoryConfig", "MemoryEpisode", "MemoryManager", "MemoryPipeline", "ModelReader", "OperationError", "RuleReader",
     "SelfReader", "SqliteMemory", "make_store", "open_store",
 ]  # fmt: skip
 
@@ -32,6 +33,7 @@ _HOMES = {
     "episode": ("MemoryConfig", "MemoryEpisode"),
     "manager": ("MemoryManager",),
     "model_reader": ("ModelReader", "SelfReader"),
+    "pipeline": ("MemoryPipeline",),
     "rule_reader": ("RuleReader",),
     "sqlite": ("SqliteMemory", "open_store"),
     "store": ("Change", "Entry", "Memory", "OperationError"),
