@@ -173,7 +173,8 @@ def generate(args: Namespace) -> int:
 
     model, tokenizer, recipe = load_run(args.run, args.checkpoint)
     form = (folder.read_summary() or {}).get("prompt_form", "chat")
-    chat = form == "chat" and recipe.objective.kind == "sft" and tokenizer.chat_template
+    learned = recipe.objective.kind in ("sft", "distill")
+    chat = form == "chat" and learned and tokenizer.chat_template
     if args.base and not hasattr(model, "disable_adapter"):
         raise UserError("--base: this run has no adapters to leave out")
     system = getattr(recipe.objective, "system", None)

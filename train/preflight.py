@@ -23,8 +23,8 @@ LIMIT_BYTES = 64 << 20
 
 
 def turns_of(recipe: Recipe) -> MemoryConfig | None:
-    """The memory on whose turns generated streams give rows, for objective `sft`."""
-    if recipe.memory is None or recipe.objective.kind != "sft":
+    """The memory on whose turns generated streams give rows, for objectives `sft` and `distill`."""
+    if recipe.memory is None or recipe.objective.kind not in ("sft", "distill"):
         return None
     return MemoryConfig(**recipe.memory.model_dump())
 
@@ -97,6 +97,11 @@ def check_environment(recipe: Recipe) -> None:
     check_optimizer(recipe.optimizer.kind)
     engines = [e for e in ("FSDP", "DEEPSPEED") if os.environ.get(f"ACCELERATE_USE_{e}") == "true"]
     check_tokens_launch(recipe, engines)
+    if recipe.objective.kind == "grpo" and engines:
+        raise UserError(
+            "objective.kind=grpo writes rollouts with the whole model, which FSDP and DeepSpeed "
+            "hold in shards; launch with DDP (recipes/accelerate/ddp.yaml)"
+        )
     if recipe.update.kind == "streamed":
         check_streamed(recipe, engines)
     if recipe.update.kind == "in_backward" and engines:

@@ -19,6 +19,7 @@ from mnemic.train.preflight import (
     check_resume,
     is_main_process,
 )
+from mnemic.train.recipe.distill import DistillObjective
 from mnemic.train.recipe.load import dump_recipe
 from mnemic.train.recipe.memory import GrpoObjective
 from mnemic.train.recipe.recipe import Recipe
@@ -83,6 +84,7 @@ def _run(
     from mnemic.train.objectives.base import Objective
     from mnemic.train.objectives.build import memory_config, train_stream
     from mnemic.train.objectives.grpo import PolicyObjective
+    from mnemic.train.objectives.teacher import distillation
     from mnemic.train.objectives.tokens import TokenObjective, keeps_packed_rows_apart
     from mnemic.train.offload.saved import saved_activations
     from mnemic.train.optimizers import build_optimizer
@@ -155,14 +157,17 @@ def _run(
     else:
         model, optimizer = accelerator.prepare(model, peak_optimizer)
     plain = accelerator.unwrap_model(model)
+    autocast = partial(autocast_of, accelerator.device, recipe.loop.precision)
     if streams:
-        objective: Objective = TokenObjective(
+        make: Any = TokenObjective
+        if isinstance(recipe.objective, DistillObjective):
+            make = distillation(recipe, plain, tokenizer, accelerator, autocast)
+        objective: Objective = make(
             streams.stream, batch_size=recipe.loop.batch_size, micro_batch_size=micro,
             pad_id=tokenizer.pad_token_id, packed=streams.packed, bad=streams.bad,
             rank=accelerator.process_index, world=accelerator.num_processes,
         )  # fmt: skip
     else:
-        autocast = partial(autocast_of, accelerator.device, recipe.loop.precision)
         objective = build_policy(recipe, plain, tokenizer, accelerator, folder.path, autocast)
 
     memory = MemoryCallback()

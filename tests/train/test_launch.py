@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from memory_support import grpo_tree
 from support import lm_tree
 
 from mnemic.train.build import build_model, build_tokenizer
@@ -60,3 +61,13 @@ def test_a_streamed_run_is_one_process(tmp_path, monkeypatch, caplog):
     loop = {"gradient_checkpointing": True}
     check_environment(build_recipe(lm_tree(tmp_path, **streamed, loop=loop)))
     assert "loop.gradient_checkpointing has no effect" in caplog.text
+
+
+@pytest.mark.parametrize("engine", ["FSDP", "DEEPSPEED"])
+def test_rollouts_are_not_written_by_shards(engine, tmp_path, monkeypatch):
+    recipe = build_recipe(grpo_tree(tmp_path, tmp_path, model={"kind": "tiny"}))
+    check_environment(recipe)
+    monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    with pytest.raises(UserError, match=r"objective\.kind=grpo .*launch with DDP"):
+        check_environment(recipe)

@@ -53,12 +53,14 @@ def check_fits(recipe: Recipe, tokenizer: Any, device: Any) -> None:
         os.environ.get(f"ACCELERATE_USE_{engine}") == "true" for engine in ("FSDP", "DEEPSPEED")
     ):
         return
+    from mnemic.train.plan.sizes import teacher_bytes
+
     machine = this_machine(device)
     have, what = machine.total, machine.limit
     if machine.device_total and not isinstance(recipe.update, StreamedUpdate):
         have, what = machine.device_total, "the memory of the device"
     most = _most_bytes(recipe)
-    if most is not None and most < min(have, machine.total):
+    if most is not None and most + teacher_bytes(recipe) < min(have, machine.total):
         return
     parts = least_bytes(recipe, tokenizer, device)
     if sum(parts.values()) <= have:
@@ -79,6 +81,7 @@ def least_bytes(recipe: Recipe, tokenizer: Any, device: Any) -> dict[str, int]:
         largest_gradient,
         quiet,
         state_bytes,
+        teacher_bytes,
         weight_bytes,
     )
 
@@ -94,6 +97,7 @@ def least_bytes(recipe: Recipe, tokenizer: Any, device: Any) -> dict[str, int]:
         "weights": weight_bytes(recipe, model),
         "gradients": largest_gradient(model) if freed else gradient_bytes(model),
         "optimizer state": state_bytes(recipe, model),
+        "teacher": teacher_bytes(recipe),
     }
 
 

@@ -72,6 +72,11 @@ def plan(
             f"tokens.kind={recipe.tokens.kind} is not counted here, where layers run on all "
             "tokens; --activations counts it"
         )
+    if planner.teacher:
+        notes.append(
+            "the teacher's weights are counted, its forward and the chunks of both models' logits "
+            "are not"
+        )
     limit = getattr(planner.model.config, "max_position_embeddings", None)
     over = [n for n in lengths or [] if limit and n > limit]
     if over:

@@ -10,7 +10,7 @@ from mnemic.train.plan.ways import Way
 _WIDTH = 18
 _EXACT = {
     "weights", "optimizer state", "layers", "vocabulary tiles", "state tiles", "small states",
-    "rest", "gradient slots", "weights and states", "adapters",
+    "rest", "gradient slots", "weights and states", "adapters", "teacher",
 }  # fmt: skip
 """Parts that are what the run allocates; the others are measured on fake tensors, or estimated."""
 

@@ -8,11 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mnemic.models.load import torch_dtype
 from mnemic.optim.int8 import GROUP
 from mnemic.optim.select import group_sizes, roles
 from mnemic.train.errors import UserError
 from mnemic.train.offload.build import skeleton
+from mnemic.train.offload.skeleton import without_weights
 from mnemic.train.optimizers import build_optimizer
+from mnemic.train.recipe.distill import DistillObjective
 from mnemic.train.recipe.model import Lora, QLora
 from mnemic.train.recipe.optimizer import (
     Adafactor,
@@ -86,6 +89,28 @@ def weight_bytes(recipe: Recipe, model: nn.Module) -> int:
     if isinstance(recipe.adapters, QLora):
         total += _four_bit(model, recipe.adapters.double_quant)
     return total
+
+
+def teacher_bytes(recipe: Recipe) -> int:
+    """Weights of the teacher that objective `distill` holds beside the model; without its adapters,
+    which are small.
+    """
+    part = recipe.objective
+    if not isinstance(part, DistillObjective):
+        return 0
+    from transformers import AutoConfig
+
+    from mnemic.train.objectives.teacher import teacher_folder
+
+    extra = part.teacher.model_dump(include={"revision", "trust_remote_code"})
+    try:
+        with quiet():
+            config = AutoConfig.from_pretrained(teacher_folder(part), **extra)
+            model = without_weights(config, torch_dtype(part.teacher.dtype))
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = next((x for x in str(error).splitlines() if x.strip()), repr(error))
+        raise UserError(f"objective.teacher: could not be read: {reason.strip()}") from error
+    return sum(map(_bytes, (*model.parameters(), *model.buffers())))
 
 
 def _four_bit(model: nn.Module, double: bool) -> int:

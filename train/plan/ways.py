@@ -20,6 +20,7 @@ from mnemic.train.plan.sizes import (
     empty_model,
     gradient_bytes,
     state_bytes,
+    teacher_bytes,
     trained,
     weight_bytes,
 )
@@ -78,6 +79,7 @@ class Planner:
         self.parameters = sum(p.numel() for p in self.model.parameters())
         self.trained = sum(p.numel() for _, p in trained(self.model))
         self.weights = weight_bytes(recipe, self.model)
+        self.teacher = teacher_bytes(recipe)
         self.gradients = gradient_bytes(self.model)
         self.gradient_sizes = [p.numel() * p.element_size() for _, p in trained(self.model)]
         self.largest = max((p.numel() for _, p in trained(self.model)), default=0)
@@ -127,6 +129,8 @@ class Planner:
             "weights": self.weights, "gradients": top.gradients, "optimizer state": self.state,
             "activations": top.others,
         }  # fmt: skip
+        if self.teacher:
+            parts["teacher"] = self.teacher
         way.host = {"imports": self.base, "data": shapes.data_bytes}
         if self.device.type == "cpu":
             way.host |= parts

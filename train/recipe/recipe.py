@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from mnemic.train.recipe.base import Part
 from mnemic.train.recipe.data import Data, TextData
+from mnemic.train.recipe.distill import check_distill
 from mnemic.train.recipe.memory import GrpoObjective, Memory
 from mnemic.train.recipe.memory_check import check_memory
 from mnemic.train.recipe.model import Adapters, Model, NoAdapters, TinyModel
@@ -110,6 +111,7 @@ class Recipe(Part):
             self.model, self.adapters, self.optimizer, self.update, self.offload
         )
         problems += check_memory(self)
+        problems += check_distill(self)
         problems += check_tokens(self.tokens, self.adapters, self.objective, self.update, self.loop)
         if problems:
             raise ValueError("\n".join(problems))

@@ -6,7 +6,9 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from mnemic.train.recipe.base import KindShorthand, Part
 from mnemic.train.recipe.data import Data
+from mnemic.train.recipe.distill import DistillObjective
 from mnemic.train.recipe.memory import GrpoObjective, with_preset
+from mnemic.train.recipe.sft import SftObjective
 
 
 class LmObjective(Part):
@@ -17,26 +19,8 @@ class LmObjective(Part):
     """Tokens in a packed row."""
 
 
-class SftObjective(Part):
-    """Supervised fine-tuning on `messages` or `prompt` + `completion` rows."""
-
-    kind: Literal["sft"] = "sft"
-    loss_on: Literal["completion", "assistant", "all"] = "completion"
-    """Tokens that are learned: the last assistant turn (or the completion), every assistant turn,
-    or all.
-    """
-    max_length: int = Field(1024, ge=2)
-    """Longest row, tokens."""
-    too_long: Literal["truncate", "bad_row"] = "truncate"
-    """A longer row loses its end (counted and reported), or counts as a bad row."""
-    packing: bool = False
-    """Join short rows into rows of `max_length`, attention and positions kept apart."""
-    system: str | None = None
-    """System message for conversations that bring none; `mnemic generate` uses it too."""
-
-
 Objective = Annotated[
-    LmObjective | SftObjective | GrpoObjective,
+    LmObjective | SftObjective | DistillObjective | GrpoObjective,
     Field(discriminator="kind"),
     BeforeValidator(with_preset),
     KindShorthand,
