@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Answerer", "Ask", "Change", "Endpoint", "EndpointError", "EndpointReader", "Entry", "Memory",
-    "MemoryConfig", "MemoryEpisode", "MemoryManager", "MemoryPipeline", "ModelReader", "OperationError", "RuleReader",
-    "SelfReader", "SqliteMemory", "make_store", "open_store",
+    "MemoryConfig", "MemoryEpisode", "MemoryManager", "MemoryPipeline", "ModelReader",
+    "OperationError", "RuleReader", "SelfReader", "SqliteMemory", "make_store", "open_store",
 ]  # fmt: skip
 
 _HOMES = {
