@@ -2,7 +2,13 @@
 
 from typing import TYPE_CHECKING
 
-from mnemic.train.recipe.data import EpisodesData, JsonlData, KvStreamData
+from mnemic.train.recipe.data import (
+    EpisodesData,
+    HubData,
+    JsonlData,
+    KvStreamData,
+    ParquetData,
+)
 from mnemic.train.recipe.memory import GrpoObjective
 from mnemic.train.recipe.model import NoAdapters
 from mnemic.train.recipe.training import LmObjective, SftObjective
@@ -10,7 +16,8 @@ from mnemic.train.recipe.training import LmObjective, SftObjective
 if TYPE_CHECKING:
     from mnemic.train.recipe.recipe import Recipe
 
-_EPISODES = "kvstream, episodes or jsonl"
+_EPISODES = "kvstream, episodes, jsonl, parquet or hub"
+_ROWS = (KvStreamData, EpisodesData, JsonlData, ParquetData, HubData)
 
 
 def check_memory(recipe: "Recipe") -> list[str]:
@@ -67,7 +74,7 @@ def _check_grpo(recipe: "Recipe", objective: GrpoObjective) -> list[str]:
         )
     if recipe.loop.steps is None:
         found.append("loop.epochs: rollouts have no end; give loop.steps with objective.kind=grpo")
-    if not isinstance(recipe.data, (KvStreamData, EpisodesData, JsonlData)):
+    if not isinstance(recipe.data, _ROWS):
         found.append(
             f"data.kind={recipe.data.kind} has no episodes; set it to {_EPISODES}, or "
             "objective.kind=sft"
