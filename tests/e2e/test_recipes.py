@@ -45,7 +45,10 @@ SHRUNK = {
                             "evaluation.data.size=1", "evaluation.every=2",
                             "data.stream.n_chunks=2"],
 }  # fmt: skip
-SLOW = {"long_context_exact", "memory_sft_smollm2", "memory_grpo_smollm2"}
+SLOW = {
+    "long_context_exact", "memory_sft_smollm2", "memory_grpo_smollm2", "lowmem_lora",
+    "finetune_apollo_mini",
+}  # fmt: skip
 PLANNED = {"long_context_qwen3_8b", "memory_grpo_qwen3_4b"}
 """Recipes for machines that this is not: validated and planned."""
 

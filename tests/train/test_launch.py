@@ -65,7 +65,7 @@ def test_a_streamed_run_is_one_process(tmp_path, monkeypatch, caplog):
 
 @pytest.mark.parametrize("engine", ["FSDP", "DEEPSPEED"])
 def test_rollouts_are_not_written_by_shards(engine, tmp_path, monkeypatch):
-    recipe = build_recipe(grpo_tree(tmp_path, tmp_path, model={"kind": "tiny"}))
+    recipe = build_recipe({**grpo_tree(tmp_path, tmp_path), "model": {"kind": "tiny"}})
     check_environment(recipe)
     monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")
     monkeypatch.setenv("FSDP_VERSION", "2")
