@@ -29,7 +29,7 @@ from mnemic.train.recipe.memory import GrpoObjective, Rewards
 from mnemic.train.rollout.credit import advantages
 from mnemic.train.rollout.curriculum import Curriculum, Priority
 from mnemic.train.rollout.play import Generator, TurnRow, ask_all, play
-from mnemic.train.rollout.rewards import Outcome, gate_compression, outcome
+from mnemic.train.rollout.rewards import Outcome, correct, gate_compression, outcome
 
 _TRIES = 3
 """Rollouts drawn anew where no group of a step differs in reward."""
@@ -197,7 +197,8 @@ class PolicyObjective(Objective):
         for number, t in owners:
             row, questions = drawn[mine[number] // self.part.num_generations], chosen[number]
             said = [next(answers) for _ in questions]
-            without = outcome(episodes[number], row, questions, said).correct
+            scores = correct(row, questions, said)
+            without = sum(scores) / max(1, len(scores))
             outcomes[number].counterfactual[t] = outcomes[number].correct - without
 
     def _credit(

@@ -14,6 +14,7 @@ and why:
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from mnemic.models.memory.bm25 import words
 from mnemic.models.memory.episode import MemoryEpisode, Turn
@@ -21,10 +22,8 @@ from mnemic.models.memory.metrics import score
 from mnemic.models.memory.operations import Delete, Insert, Update
 from mnemic.train.data.memory.episode import EpisodeRow
 
-_KEPT_WORDS = 0.6
-"""Share of a content's words that must stand in the chunk (or the entry it replaces): a fact put in
-other words, such as "fay job sailor", keeps two of three.
-"""
+_KEPT_WORDS = 0.75
+"""Share of a content's words that must stand in the chunk (or the entry it replaces)."""
 
 
 @dataclass
@@ -73,11 +72,12 @@ def gate_compression(correct: Sequence[float], compression: Sequence[float]) -> 
     return [c if r >= mean - 1e-9 else 0.0 for r, c in zip(correct, compression, strict=True)]
 
 
-def supported(turn: Turn) -> float:
+def supported(turn: Turn, gold: Sequence[dict[str, Any]] = ()) -> float:
     """r4: mean over the turn's calls of whether the chunk bears them out; a half without a call.
 
     A content is borne out by a chunk that has most of its words, those of the entry it replaces
-    aside; a deletion or update by a chunk that shares a word with the entry it ends.
+    aside, or where the chunk's `gold` steps say the same; a deletion or update by a chunk that
+    shares a word with the entry it ends.
     """
     chunk = set(words(turn.chunk))
     judged = []
@@ -87,9 +87,10 @@ def supported(turn: Turn) -> float:
             continue
         operation, before = one.operation, _before(turn, one.id)
         if isinstance(operation, Insert):
-            judged.append(borne_out(operation.content, chunk, set()))
+            judged.append(borne_out(operation.content, chunk, set(), gold))
         elif isinstance(operation, Update):
-            judged.append(borne_out(operation.content, chunk, before) * bool(before & chunk))
+            right = borne_out(operation.content, chunk, before, gold)
+            judged.append(right * bool(before & chunk))
         elif isinstance(operation, Delete):
             judged.append(float(bool(before & chunk)))
     return sum(judged) / len(judged) if judged else 0.5
@@ -104,8 +105,19 @@ def _before(turn: Turn, id: str | None) -> set[str]:
     return set()
 
 
-def borne_out(content: str, chunk: set[str], before: set[str]) -> float:
+def borne_out(
+    content: str, chunk: set[str], before: set[str], gold: Sequence[dict[str, Any]] = ()
+) -> float:
+    """1 where the chunk's words, or a gold step of it, bear the content out, else 0.
+
+    A fact put in other words ("Fay earns a living as a sailor": `fay job sailor`) has too few of
+    the chunk's; where gold is known it is compared with that instead of asking less of all others.
+    """
     own = words(content)
+    for step in gold:
+        known = set(words(step.get("content") or ""))
+        if known and known <= set(own) <= known | chunk:
+            return 1.0
     share = sum(word in chunk or word in before for word in own) / max(1, len(own))
     return float(share >= _KEPT_WORDS)
 
@@ -153,7 +165,12 @@ def outcome(
             valid(turn, worth)
             for turn, worth in zip(episode.turns, worth_storing(row), strict=True)
         ],
-        supported=[supported(turn) for turn in episode.turns],
+        supported=[
+            supported(turn, steps)
+            for turn, steps in zip(
+                episode.turns, row.gold or ((),) * len(episode.turns), strict=True
+            )
+        ],
         answers=list(answers),
         scores=scores,
     )

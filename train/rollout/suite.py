@@ -210,8 +210,8 @@ def operation_scores(reading: Reading) -> OperationScores:
     found = OperationScores()
     held: dict[str, set[str]] = {}
     core: set[str] = set()
-    gold = net(reading.row.gold or ((),) * len(reading.turns))
-    for turn, wanted in zip(reading.turns, gold, strict=True):
+    steps = reading.row.gold or ((),) * len(reading.turns)
+    for turn, said, wanted in zip(reading.turns, steps, net(steps), strict=True):
         chunk = set(words(turn.chunk))
         met: set[str] = set()
         for one in turn.result.applied:
@@ -220,7 +220,7 @@ def operation_scores(reading: Reading) -> OperationScores:
                 continue
             if isinstance(operation, CoreRewrite):
                 found.written += 1
-                found.unsupported += not borne_out(operation.content, chunk, core)
+                found.unsupported += not borne_out(operation.content, chunk, core, said)
                 core = set(words(operation.content))
             if not isinstance(operation, (Insert, Update, Delete)) or id is None:
                 continue
@@ -228,7 +228,7 @@ def operation_scores(reading: Reading) -> OperationScores:
             hits = _hits(operation, before, held, wanted)
             if not isinstance(operation, Delete):
                 found.written += 1
-                found.unsupported += not borne_out(operation.content, chunk, before)
+                found.unsupported += not borne_out(operation.content, chunk, before, said)
                 held[id] = set(words(operation.content))
             if reading.row.gold:
                 found.done += 1

@@ -82,6 +82,20 @@ def test_support_is_asked_of_contents_and_of_what_is_changed_or_deleted():
     assert [supported(t) for t in other.turns] == [0.5, 0.0, 0.0]
 
 
+def test_a_fact_in_other_words_is_borne_out_by_gold_and_a_wrong_value_by_nothing():
+    """Sentences: two of the three words stand in the chunk, whichever of the two it is."""
+    step = {"op": "insert", "key": "fay job", "content": "fay job sailor"}
+    asked = (Question("What is Fay's job?", ("sailor",)),)
+    row = EpisodeRow("c", "test", ("Fay earns a living as a sailor.",), asked, "em", ((step,),))
+    for text, wanted in (
+        ("+ fay job sailor", 1.0), ("+ fay job baker", 0.0), ("+ fay job sailor boston", 0.0),
+    ):  # fmt: skip
+        made = played(text, row=row)
+        assert supported(made.turns[0], row.gold[0]) == wanted
+        assert result(made, row).supported == [wanted]
+        assert supported(made.turns[0]) == 0.0
+
+
 def test_compression_is_paid_to_the_answers_that_are_no_worse():
     assert gate_compression([1, 0, 0.5], [0.2, 1.0, 0.5]) == [0.2, 0.0, 0.5]
     assert gate_compression([0.5, 0.5], [0.2, 1.0]) == [0.2, 1.0]

@@ -118,8 +118,8 @@ GOLD = EpisodeRow(
         (("+ the bus was late\n+ bob pet cat", "noop", "noop"), (2, 0, 3, 0, 2, 1)),
         # Beside the superseded entry: no update. Only the first deletion has the key's last entry.
         (("+ anna city rome", "+ anna city oslo", "- m0\n- m1"), (4, 3, 3, 2, 2, 0)),
-        # A wrong value is not met; with two of three words from the chunk it is not made up either.
-        (("+ anna city paris", "noop", "- m0"), (2, 1, 3, 1, 1, 0)),
+        # Nothing was held, so the insert is right; a wrong value is not.
+        (("+ anna city paris", "noop", "- m0"), (2, 1, 3, 1, 1, 1)),
         (("noop", "+ anna city oslo", "noop"), (1, 1, 3, 1, 1, 0)),
         # Another's entry overwritten, and a call that is refused.
         (("+ the bus was late", "= m0 anna city oslo\n- m9", "noop"), (2, 0, 3, 0, 2, 0)),
