@@ -3,56 +3,27 @@
 import json
 import subprocess
 import sys
-from typing import Any
 
 import pytest
 import torch
+from bank_support import (
+    EXTRACT,
+    GENERATE,
+    IDS,
+    SETTINGS,
+    UPDATE,
+    bank_of,
+    base,
+    logits,
+    randomize,
+)
 from peft import LoHaConfig, LoraConfig, get_peft_model
 
 from mnemic.models.adapter_card import AdapterCard, base_hash
 from mnemic.models.adapter_rules import Expert
-from mnemic.models.adapters import AdapterBank, byte_budget
+from mnemic.models.adapters import AdapterBank
 from mnemic.models.generation import generate
 from mnemic.models.lora import adapters_off
-from mnemic.models.memory import make_store
-from mnemic.models.tiny import byte_tokenizer, tiny_llama
-
-TOKENIZER = byte_tokenizer(256)
-SETTINGS = {
-    "eos_id": TOKENIZER.eos_token_id, "pad_id": TOKENIZER.pad_token_id, "max_new_tokens": 12,
-}  # fmt: skip
-EXTRACT, UPDATE, GENERATE = "mem_extract", "mem_update", "mem_generate"
-IDS = torch.arange(40, 47)[None]
-
-
-def base(seed: int = 0) -> Any:
-    """Weights so wide that each change of them changes the text."""
-    model = tiny_llama(TOKENIZER, hidden_size=32, layers=2, heads=4, max_position=256, seed=seed)
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            parameter.data.normal_(std=0.3, generator=generator)
-    return model
-
-
-def randomize(bank: AdapterBank, seed: int = 1) -> AdapterBank:
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in bank.model.named_parameters():
-        if ".lora_B." in name:
-            parameter.data.normal_(std=0.3, generator=generator)
-    return bank
-
-
-def bank_of(*operations: str, model: Any = None, **changes: Any) -> AdapterBank:
-    names = operations or (EXTRACT, UPDATE, GENERATE)
-    ranks = {name: 4 + 2 * i for i, name in enumerate(names)}
-    experts = {op: Expert(**{"r": r, "alpha": 8, **changes}) for op, r in ranks.items()}
-    return randomize(AdapterBank(model or base(), experts))
-
-
-def logits(bank: AdapterBank, operation: str | None) -> torch.Tensor:
-    with torch.no_grad(), bank.use(operation):
-        return bank.model(input_ids=IDS).logits
 
 
 def test_use_switches_restores_and_leaves_alone_what_trains():
@@ -337,68 +308,3 @@ def test_swap_puts_another_expert_in_place(tmp_path):
     assert torch.equal(logits(again, EXTRACT), logits(donor, EXTRACT))
     with pytest.raises(ValueError, match="layers and ranks must be the same"):
         bank.swap(UPDATE, tmp_path / "donor" / EXTRACT)
-
-
-def test_cat_is_the_sum_and_the_others_say_how_far_off_they_are():
-    for dtype, rslora in ((torch.float32, False), (torch.bfloat16, True)):
-        experts = {
-            op: Expert(r=4, alpha=alpha, rslora=rslora)
-            for op, alpha in ((EXTRACT, 8), (UPDATE, 32))
-        }
-        bank = randomize(AdapterBank(base().to(dtype), experts))
-        errors = {}
-        for how in ("cat", "svd", "linear"):
-            name, errors[how] = bank.merge([EXTRACT, UPDATE], how)
-            off = total = 0.0
-            for layer in bank._layers():
-                parts = [layer.lora_A[op].weight.double() for op in (EXTRACT, UPDATE, name)]
-                ups = [layer.lora_B[op].weight.double() for op in (EXTRACT, UPDATE, name)]
-                scales = [layer.scaling[op] for op in (EXTRACT, UPDATE, name)]
-                one, two, both = (s * b @ a for s, a, b in zip(scales, parts, ups, strict=True))
-                off += float((both - one - two).square().sum())
-                total += float((one + two).square().sum())
-            assert errors[how] == pytest.approx((off / total) ** 0.5, rel=1e-3, abs=1e-6)
-        if dtype == torch.float32 and not rslora:  # where peft's own merges can be trusted
-            for how in errors:
-                bank.model.add_weighted_adapter([EXTRACT, UPDATE], [1.0, 1.0], f"peft_{how}", how)
-                for layer in bank._layers():
-                    mine = layer.get_delta_weight(f"mem_sum_{how}")
-                    assert torch.allclose(mine, layer.get_delta_weight(f"peft_{how}"), atol=1e-4)
-        assert errors["cat"] < 1e-6 < 0.05 < errors["svd"] < errors["linear"]
-    assert bank.operations[2:] == ("mem_sum_cat", "mem_sum_svd", "mem_sum_linear")
-    bank.drop("mem_sum_svd")
-    assert "mem_sum_svd" not in bank.operations and not any(
-        "mem_sum_svd" in name for name, _ in bank.model.named_parameters()
-    )
-    with pytest.raises(ValueError, match="linear needs equal ranks"):
-        bank_of().merge([EXTRACT, UPDATE], "linear")
-
-
-def test_a_merge_computes_the_sum_and_survives_a_folder(tmp_path):
-    bank = bank_of(EXTRACT, UPDATE)
-    name, _ = bank.merge([EXTRACT, UPDATE])
-    bank.save(tmp_path)
-    loaded = AdapterBank.load(base(), tmp_path)
-    assert torch.equal(logits(loaded, name), logits(bank, name))
-    bank.model.base_model.set_adapter([EXTRACT, UPDATE])
-    bank.model.base_model.enable_adapter_layers()
-    assert torch.allclose(bank.model(input_ids=IDS).logits, logits(bank, name), atol=1e-4)
-
-
-def test_the_budget_counts_adapters_optimizer_replay_and_store_together():
-    bank = bank_of(EXTRACT, UPDATE)
-    assert bank.bytes()[UPDATE] == bank.bytes()[EXTRACT] * 6 // 4
-    bank.train_only(EXTRACT)
-    optimizer = torch.optim.AdamW(bank.parameters_of(EXTRACT), foreach=False)
-    assert byte_budget(bank, optimizer)["optimizer"] == 0
-    with bank.use(EXTRACT):
-        bank.model(input_ids=IDS, labels=IDS).loss.backward()
-    optimizer.step()
-    store = make_store("flat")
-    store.insert("Zoë lives in Rome")
-    found = byte_budget(bank, optimizer, replay_bytes=100, store=store)
-    counters = 4 * len(bank.parameters_of(EXTRACT))
-    assert found["adapters"] == sum(bank.bytes().values())
-    assert found["optimizer"] == 2 * bank.bytes()[EXTRACT] + counters
-    assert found["store"] == len(json.dumps(store.snapshot(), ensure_ascii=False).encode())
-    assert found["total"] == sum(v for k, v in found.items() if k != "total")
