@@ -7,7 +7,7 @@ wrongly.
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -57,13 +57,16 @@ class AdapterCard:
         return card
 
 
-def base_hash(model: Any, adapters: Iterable[str] = ()) -> str:
+def base_hash(
+    model: Any, adapters: Iterable[str] = (), read: Callable[[str], Any] | None = None
+) -> str:
     """16 hex digits over the base's weights: of each tensor, in the order of names, its name, its
     shape and `SAMPLES` values at even distances (all of a smaller one), rounded to bf16.
 
     The rounding gives a checkpoint the same hash in fp32 and bf16; a base in 8 or 4 bits has
-    another. Adapters named in `adapters` do not count, nor do peft's wrappers. Not a proof: values
-    between the samples are not read.
+    another. Adapters named in `adapters` do not count, nor do peft's wrappers. `read` gives the
+    tensors of a model that is not in memory, by name. Not a proof: values between the samples are
+    not read.
     """
     import torch
 
@@ -75,7 +78,7 @@ def base_hash(model: Any, adapters: Iterable[str] = ()) -> str:
         if not own.intersection(parts):
             found[_plain_name(name)] = tensor
     for name in sorted(found):
-        tensor = found[name].detach()
+        tensor = (found[name] if read is None else read(name)).detach()
         if tensor.is_meta:
             raise ValueError(f"{name}: has no values (meta device), so the base has no hash")
         digest.update(f"{name} {tuple(tensor.shape)}\n".encode())

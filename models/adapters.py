@@ -21,7 +21,9 @@ from torch import nn
 
 from mnemic.models.adapter_budget import byte_budget as byte_budget
 from mnemic.models.adapter_budget import tensor_bytes
-from mnemic.models.adapter_card import AdapterCard, base_hash
+from mnemic.models.adapter_card import AdapterCard
+from mnemic.models.adapter_card import base_hash as hash_of_base
+from mnemic.models.adapter_files import compare
 from mnemic.models.adapter_merge import How, fill, merge_target
 from mnemic.models.adapter_rules import (
     Expert,
@@ -41,15 +43,17 @@ Compute = Literal["model", "fp32"]
 class AdapterBank:
     """`base` (a plain causal LM) is wrapped in place and frozen; `.model` is the PeftModel over it.
     `experts`: operation -> `Expert` or peft's LoraConfig. A's weights are a function of `seed` and
-    the operation's name; B starts at zero. `compute` as in `add_lora`.
+    the operation's name; B starts at zero. `compute` as in `add_lora`. `base_hash`: of a base that
+    is not in memory. The bank is the model's `expert_bank`.
 
     At first no expert is active (the base answers) and none is trained: `use` chooses who computes,
     `train_only` who learns, and neither touches the other. ValueError for what cannot share a base.
     """
 
     def __init__(
-        self, base: Any, experts: Mapping[str, Any], *, compute: Compute = "model", seed: int = 0
-    ) -> None:
+        self, base: Any, experts: Mapping[str, Any], *, compute: Compute = "model", seed: int = 0,
+        base_hash: str | None = None,
+    ) -> None:  # fmt: skip
         if hasattr(base, "peft_config"):
             raise ValueError("the base has adapters already; give the bank the plain model")
         if not experts:
@@ -59,7 +63,8 @@ class AdapterBank:
         parts = {part for name, _ in base.named_modules() for part in name.split(".")}
         if taken := parts.intersection(configs):
             raise ValueError(f"operation {min(taken)!r}: the base has a module of that name")
-        self.base_hash = base_hash(base)
+        self._streamed = base_hash is not None
+        self.base_hash = hash_of_base(base) if base_hash is None else base_hash
         self.base_model = str(getattr(base, "name_or_path", None) or "")
         self.cards: dict[str, AdapterCard] = {}
         # DoRA's norms want W and B A in one type, and the choice is a layer's, not an expert's.
@@ -73,7 +78,8 @@ class AdapterBank:
         for operation, config in configs.items():
             freeze_a = getattr(experts[operation], "freeze_a", False)
             self._add(operation, config, base, freeze_a=freeze_a)
-        self._switch(None)
+        self.activate(None)
+        self.model.expert_bank = self
 
     @property
     def operations(self) -> tuple[str, ...]:
@@ -94,11 +100,11 @@ class AdapterBank:
         expert is active then.
         """
         before = self.active
-        self._switch(operation)
+        self.activate(operation)
         try:
             yield
         finally:
-            self._switch(before)
+            self.activate(before)
 
     def parameters_of(self, operation: str) -> list[nn.Parameter]:
         """What `train_only(operation)` trains: its parameters but those frozen on purpose."""
@@ -140,6 +146,12 @@ class AdapterBank:
         with self._rows(operations) as names:
             return generate(self.model, prompts, adapter_names=names, **settings)
 
+    def name_base(self, hash: str) -> None:
+        """The base's hash, where it was not in memory when the bank was made."""
+        self.base_hash = hash
+        for operation, card in self.cards.items():
+            self.cards[operation] = replace(card, base_hash=hash)
+
     def describe(self, operation: str, **words: str) -> None:
         """Put `teacher`, `data`, `version` or `licence` on the operation's card."""
         self._check(operation)
@@ -156,7 +168,8 @@ class AdapterBank:
         """
         chosen = self.operations if operations is None else tuple(operations)
         self._check(*chosen)
-        if base_hash(self.model, self.operations) != self.base_hash:
+        same = self._streamed or hash_of_base(self.model, self.operations) == self.base_hash
+        if not same:
             raise ValueError(
                 "the base under the adapters has changed since the bank was made (merged or "
                 "trained), so what would be saved fits no base; unmerge, or make the bank anew"
@@ -219,7 +232,7 @@ class AdapterBank:
         new: Any = PeftConfig.from_pretrained(str(path))
         check_config(str(path), new)
         check_mergeable({operation: old, str(path): new})
-        self._compare(operation, path)
+        compare(self.model, operation, path)
         self._take_card(operation, Path(path), any_base)
         # peft compares the new config with the active adapter's, whatever the name it is given.
         with self.use(operation):
@@ -245,7 +258,7 @@ class AdapterBank:
         target = Expert(r=rank, alpha=rank, target_modules=tuple(layers))
         active = self.active
         self._add(name, target.to_peft())
-        self._switch(active)
+        self.activate(active)
         return name, fill(list(layers.values()), operations, name, how, rank)
 
     def drop(self, operation: str) -> None:
@@ -259,7 +272,7 @@ class AdapterBank:
             other = active or next(op for op in self.operations if op != operation)
             self.model.set_adapter(other, inference_mode=True)
             self.model.delete_adapter(operation)
-        self._switch(active)
+        self.activate(active)
         self._training = tuple(op for op in self._training if op != operation)
         for kept in (self._parameters, self._frozen, self.cards):
             del kept[operation]
@@ -292,7 +305,8 @@ class AdapterBank:
         self._frozen[operation] = {n for n in own if freeze_a and ".lora_A." in n}
         self.cards[operation] = AdapterCard(operation, self.base_model, self.base_hash)
 
-    def _switch(self, operation: str | None) -> None:
+    def activate(self, operation: str | None) -> None:
+        """`use` until the next call: for a loop whose backward comes after the forward's return."""
         if operation is not None:
             self._check(operation)
         tuner = self.model.base_model
@@ -363,28 +377,10 @@ class AdapterBank:
             mine, operation=operation, base_model=self.base_model, base_hash=self.base_hash
         )
 
-    def _compare(self, operation: str, path: str | Path) -> dict[str, Any]:
-        """The tensors of a PEFT folder. ValueError unless they are those of the operation."""
-        from peft import get_peft_model_state_dict
-        from peft.utils.save_and_load import load_peft_weights
-
-        given = load_peft_weights(str(path), device="cpu")
-        own = get_peft_model_state_dict(
-            self.model, adapter_name=operation, save_embedding_layers=False
-        )
-        shapes = [{k: tuple(v.shape) for k, v in tensors.items()} for tensors in (given, own)]
-        if shapes[0] != shapes[1]:
-            other = min(k for k in {*given, *own} if shapes[0].get(k) != shapes[1].get(k))
-            raise ValueError(
-                f"{path}: does not fit {operation}: {other} has shape {shapes[0].get(other)} there "
-                f"and {shapes[1].get(other)} here; layers and ranks must be the same"
-            )
-        return given
-
     def _take_weights(self, operation: str, path: Path) -> None:
         from peft import set_peft_model_state_dict
 
-        tensors = self._compare(operation, path)
+        tensors = compare(self.model, operation, path)
         set_peft_model_state_dict(self.model, tensors, adapter_name=operation)
 
     def _layers(self) -> list[Any]:

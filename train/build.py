@@ -14,9 +14,10 @@ from mnemic.train.exact import checkpoint_layers, install
 from mnemic.train.folder import replace_folder
 from mnemic.train.objectives.base import Objective
 from mnemic.train.objectives.build import eval_rows, eval_stream, reader, sft_tokenizer
+from mnemic.train.objectives.check import expert_of
 from mnemic.train.preflight import turns_of
 from mnemic.train.recipe.memory import GrpoObjective
-from mnemic.train.recipe.model import NoAdapters, QLora, SmolLM2, TinyModel
+from mnemic.train.recipe.model import Bank, NoAdapters, QLora, SmolLM2, TinyModel
 from mnemic.train.recipe.recipe import Recipe
 from mnemic.train.recipe.training import LmObjective, SftObjective
 from mnemic.train.rollout.evaluate import Player
@@ -143,17 +144,52 @@ def build_model(recipe: Recipe, tokenizer: Any) -> Any:
 
 
 def add_adapters(recipe: Recipe, model: Any) -> Any:
-    """The recipe's adapters around `model`."""
+    """The recipe's adapters around `model`; a bank's experts all learn, and its first is active."""
     from mnemic.models.lora import add_lora
 
     adapters = recipe.adapters
     assert not isinstance(adapters, NoAdapters)
+    if isinstance(adapters, Bank):
+        return _add_bank(recipe, adapters, model)
     return add_lora(
         model, r=adapters.r, alpha=adapters.alpha, dropout=adapters.dropout,
         target_modules=adapters.target_modules, rslora=adapters.rslora,
         dora=adapters.kind == "dora", quantized=isinstance(adapters, QLora),
         seed=recipe.loop.seed, freeze_a=adapters.freeze_a, compute=adapters.compute,
     )  # fmt: skip
+
+
+def _add_bank(recipe: Recipe, part: Bank, model: Any) -> Any:
+    from mnemic.models.adapters import AdapterBank, Expert
+
+    named = part.target_modules
+    expert = Expert(
+        part.r, part.alpha, part.dropout, named if isinstance(named, str) else tuple(named),
+        rslora=part.rslora, freeze_a=part.freeze_a,
+    )  # fmt: skip
+    streamed = recipe.update.kind == "streamed"
+    try:
+        bank = AdapterBank(
+            model, dict.fromkeys(part.operations, expert), compute=part.compute,
+            seed=recipe.loop.seed, base_hash="" if streamed else None,
+        )  # fmt: skip
+    except ValueError as error:
+        raise LoadError(f"adapters: {error}") from error
+    words = {"data": data_name(recipe.data), **part.card}
+    for operation in part.operations:
+        bank.describe(operation, **words)
+    bank.train_only(*part.operations)
+    bank.activate(part.operations[0])
+    return bank.model
+
+
+def data_name(data: Any) -> str:
+    """`jsonl rows.jsonl`, `operations train seed 0`: what a card says of a recipe's data."""
+    fields = data.model_dump(include={"kind", "path", "name", "split", "size", "seed"})
+    parts = [
+        f"{v}" if k in ("kind", "path", "name", "split") else f"{k} {v}" for k, v in fields.items()
+    ]
+    return " ".join(parts)
 
 
 def model_folder(recipe: Recipe) -> str:
@@ -199,7 +235,8 @@ def build_evaluation(
         for row in rows:
             try:
                 example = as_example(row.fields)
-                probes.append(Probe(convert.prompt(example), convert.reference(example)))
+                prompt, reference = convert.prompt(example), convert.reference(example)
+                probes.append(Probe(prompt, reference, expert_of(row, recipe.adapters)))
             except FormatError as error:
                 # The stream of examples has reported and counted this row already.
                 log.debug("%s: %s", row.where, error)

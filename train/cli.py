@@ -83,8 +83,10 @@ def parser() -> argparse.ArgumentParser:
     generate.add_argument("--checkpoint", help="a folder of checkpoints/ instead of the result")
     generate.add_argument("--max-new-tokens", type=int, default=128)
     generate.add_argument("--base", action="store_true", help="answer without the adapters")
+    generate.add_argument("--operation", metavar="NAME", help="which expert of a bank answers")
 
     _add_memory(add)
+    _add_distill(add)
 
     doctor = add("doctor", "tell versions, optional parts, disk speed, and what will not work")
     doctor.add_argument("path", nargs="?", default=".", help="where to measure the disk")
@@ -100,7 +102,8 @@ def _add_memory(add: Callable[[str, str], argparse.ArgumentParser]) -> None:
     memory = kinds.add_parser("memory", help=text, description=text[0].upper() + text[1:] + ".")
     memory.add_argument(
         "target",
-        help="run folder, exported model with its memory.json, or a recipe (its untrained model)",
+        help="run folder, exported model with its memory.json, a recipe (its untrained model), or "
+        "an adapter bank: its folder or run, or several joined by commas",
     )
     memory.add_argument(
         "--suite", default="kvstream", metavar="NAME",
@@ -141,6 +144,28 @@ def _add_memory(add: Callable[[str, str], argparse.ArgumentParser]) -> None:
         "--set", nargs="+", action="extend", metavar="key=value",
         help="memory.KEY or data.stream.KEY of a trained model; any key of a recipe",
     )  # fmt: skip
+    bank = memory.add_argument_group("of an adapter bank")
+    bank.add_argument(
+        "--systems", metavar="NAME[,NAME...]",
+        help="of experts, base, shared=FOLDER (one adapter for all), full and rag; "
+        "default: experts,base",
+    )  # fmt: skip
+    bank.add_argument(
+        "--base", metavar="MODEL", help="instead of the bank's: smollm2-135m, a folder or hub name"
+    )
+    bank.add_argument("--k", type=int, metavar="N", help="entries found for a fact; default 5")
+    bank.add_argument(
+        "--answer-k", type=int, metavar="N", help="entries found for a question; default 10"
+    )
+    bank.add_argument(
+        "--max-new-tokens", metavar="EXTRACT,UPDATE,GENERATE", help="default 256,160,24"
+    )
+    bank.add_argument("--batch-size", type=int, metavar="N", help="prompts at once; default 16")
+    bank.add_argument("--judge", metavar="URL", help="a model that says which answers are right")
+    bank.add_argument("--judge-model", metavar="NAME", help="its name at that address")
+    bank.add_argument(
+        "--resume", action="store_true", help="take systems that are in --json FILE from there"
+    )
 
     look = add("memory", "look into the memories of a run")
     actions = look.add_subparsers(dest="action", metavar="show", required=True)
@@ -151,6 +176,73 @@ def _add_memory(add: Callable[[str, str], argparse.ArgumentParser]) -> None:
     show.add_argument("--step", default="last", metavar="N", help="step of the evaluation")
     show.add_argument("--list", action="store_true", help="list the episodes and what they earned")
     show.add_argument("--html", metavar="FILE", help="write a page instead of printing")
+
+
+def _add_distill(add: Callable[[str, str], argparse.ArgumentParser]) -> None:
+    """`distill collect` and `distill clean`."""
+    distill = add("distill", "turn a teacher's replies into rows for memory experts")
+    steps = distill.add_subparsers(dest="step", metavar="collect|clean", required=True)
+    text = "play episodes through a teacher and keep its replies, or go on where that stopped"
+    collect = steps.add_parser("collect", help=text, description=text[0].upper() + text[1:] + ".")
+    collect.add_argument("out", metavar="OUT", help="folder to make, or to go on in")
+    collect.add_argument(
+        "--teacher", required=True, metavar="WHO",
+        help="gold, smollm2-135m, a model's folder or hub name, or an http address",
+    )  # fmt: skip
+    collect.add_argument(
+        "--teacher-model", metavar="NAME", help="the model's name at an http address"
+    )
+    collect.add_argument("--suite", required=True, metavar="NAME", help="kvstream, locomo or jsonl")
+    collect.add_argument("--path", metavar="FILE", help="the suite's file; kvstream is generated")
+    collect.add_argument(
+        "--conversations", metavar="I[,I...]", help="locomo: positions in the file; default: all"
+    )
+    collect.add_argument(
+        "--episodes", type=int, metavar="N", help="at most; default: 64 of kvstream, all of a file"
+    )
+    collect.add_argument("--seed", type=int, default=0, metavar="S", help="of kvstream's episodes")
+    collect.add_argument(
+        "--chunk", type=int, metavar="CHARS", help="locomo: characters of a chunk; default 2000"
+    )
+    collect.add_argument(
+        "--questions", type=int, metavar="N", help="of an episode, at most; default: all"
+    )
+    collect.add_argument(
+        "--operations", metavar="OP[,OP...]",
+        help="of mem_extract, mem_update and mem_generate; those that one builds on come with it; "
+        "default: all",
+    )  # fmt: skip
+    collect.add_argument(
+        "--concurrency", type=int, default=8, metavar="N",
+        help="requests at once, or rows of a batch of a model here; default 8",
+    )  # fmt: skip
+    collect.add_argument(
+        "--rate", type=float, metavar="N", help="new requests a minute, at most; default: no limit"
+    )
+    collect.add_argument(
+        "--timeout", type=float, default=60.0, metavar="S", help="seconds of a request; default 60"
+    )
+    collect.add_argument(
+        "--retries", type=int, default=5, metavar="N", help="of a request; default 5"
+    )
+    collect.add_argument(
+        "--retry-failed", action="store_true", help="ask again what the teacher failed at before"
+    )
+
+    text = "make training rows of the replies that are fit for it, and count the others by rule"
+    clean = steps.add_parser("clean", help=text, description=text[0].upper() + text[1:] + ".")
+    clean.add_argument("out", metavar="OUT", help="a folder of mnemic distill collect")
+    clean.add_argument(
+        "--max-tokens", type=int, metavar="N",
+        help="words and marks of prompt and target together, at most; default: no limit",
+    )  # fmt: skip
+    clean.add_argument(
+        "--max-answer-words", type=int, default=12, metavar="N", help="of an answer; default 12"
+    )
+    clean.add_argument(
+        "--dedupe", action=argparse.BooleanOptionalAction, default=True,
+        help="keep one row of each prompt; default: yes",
+    )  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:

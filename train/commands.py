@@ -175,6 +175,12 @@ def generate(args: Namespace) -> int:
     form = (folder.read_summary() or {}).get("prompt_form", "chat")
     learned = recipe.objective.kind in ("sft", "distill")
     chat = form == "chat" and learned and tokenizer.chat_template
+    bank = getattr(model, "expert_bank", None)
+    if args.operation and (bank is None or args.operation not in bank.operations):
+        known = "has no bank of operations" if bank is None else ", ".join(bank.operations)
+        raise UserError(
+            f"--operation {args.operation}: this run {'' if bank is None else 'has '}{known}"
+        )
     if args.base and not hasattr(model, "disable_adapter"):
         raise UserError("--base: this run has no adapters to leave out")
     system = getattr(recipe.objective, "system", None)
@@ -184,7 +190,14 @@ def generate(args: Namespace) -> int:
     ]
     from contextlib import nullcontext
 
-    with model.disable_adapter() if args.base else nullcontext():
+    if bank is not None:
+        chosen = args.operation or bank.operations[0]
+        if not args.operation and len(bank.operations) > 1 and not args.base:
+            log.info("answered by %s; --operation chooses another of the bank", chosen)
+        context = bank.use(None if args.base else chosen)
+    else:
+        context = model.disable_adapter() if args.base else nullcontext()
+    with context:
         for text in generate_greedy(model, tokenizer, ids, max_new_tokens=args.max_new_tokens):
             print(text.strip())
     return 0
@@ -208,6 +221,16 @@ def memory(args: Namespace) -> int:
     from mnemic.train.memory_show import memory_show
 
     return memory_show(args)
+
+
+def distill(args: Namespace) -> int:
+    if args.step == "collect":
+        from mnemic.train.distill.collect import collect
+
+        return collect(args)
+    from mnemic.train.distill.clean import clean
+
+    return clean(args)
 
 
 def doctor(args: Namespace) -> int:

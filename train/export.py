@@ -13,34 +13,50 @@ from mnemic.train.recipe.recipe import Recipe
 
 
 def export_model(
-    trainer: Any, tokenizer: Any, target: Path, *, memory: MemoryConfig | None = None
-) -> None:
+    trainer: Any, tokenizer: Any, target: Path, *, memory: MemoryConfig | None = None,
+    recipe: Recipe | None = None,
+) -> None:  # fmt: skip
     """Write the trainer's model and its tokenizer to `target`, replacing it whole; `memory`: how it
-    manages one, as memory.json.
+    manages one, as memory.json; `recipe`: what a bank's bank.json names of it.
     """
     trainer.accelerator.wait_for_everyone()
     # Sharded weights are gathered by all ranks together; others are where they are.
     state = trainer.accelerator.get_state_dict(trainer.model) if trainer.sharded else None
     if trainer.is_main:
-        write_model(trainer.module, tokenizer, target, state=state, memory=memory)
+        write_model(trainer.module, tokenizer, target, state=state, memory=memory, recipe=recipe)
     trainer.accelerator.wait_for_everyone()
 
 
 def write_model(
     model: Any, tokenizer: Any, target: Path, *, state: Any = None,
-    memory: MemoryConfig | None = None,
+    memory: MemoryConfig | None = None, recipe: Recipe | None = None,
 ) -> None:  # fmt: skip
-    """`save_pretrained` into a temp folder, then into place."""
+    """`save_pretrained` into a temp folder, then into place. A bank: a PEFT folder for each
+    operation, and bank.json with its operations and their base.
+    """
     from mnemic.models.int8 import dense_state
 
     with replace_folder(target) as temp:
         if state is None:
             # Int8 weights leave as dense ones of the model's dtype.
             state = dense_state(model)
-        model.save_pretrained(temp, **({"state_dict": state} if state is not None else {}))
+        bank = getattr(model, "expert_bank", None)
+        if bank is not None:
+            write_bank(bank, temp, recipe)
+        else:
+            model.save_pretrained(temp, **({"state_dict": state} if state is not None else {}))
         tokenizer.save_pretrained(temp)
         if memory is not None:
             (temp / "memory.json").write_text(json.dumps(asdict(memory), indent=1) + "\n")
+
+
+def write_bank(bank: Any, folder: Path, recipe: Recipe | None) -> None:
+    """The bank's folders, and bank.json: its operations, and which base they are over."""
+    bank.save(folder)
+    named: dict[str, Any] = {"operations": list(bank.operations)}
+    if recipe is not None:
+        named |= {"model": recipe.model.model_dump(mode="json"), "seed": recipe.loop.seed}
+    (folder / "bank.json").write_text(json.dumps(named, indent=1) + "\n", encoding="utf-8")
 
 
 def load_run(
@@ -133,6 +149,11 @@ def export_run(
             f"--average {average} takes the newest checkpoints of a run that is not streamed; "
             "leave --checkpoint out"
         )
+    if merge and recipe.adapters.kind == "bank":
+        raise UserError(
+            "--merge: a bank's experts answer different prompts, and one model cannot be all of "
+            "them; export the bank, and merge one expert of it with peft's merge_and_unload"
+        )
     if merge and recipe.adapters.kind == "none":
         raise UserError(
             "--merge: this run trained the model itself, there are no adapters to merge"
@@ -159,5 +180,7 @@ def export_run(
             tokenizer.save_pretrained(temp)
         return out
     memory = MemoryConfig(**recipe.memory.model_dump()) if recipe.memory else None
-    write_model(model, tokenizer, out, memory=memory)
+    if streamed is not None:
+        streamed.name_base()
+    write_model(model, tokenizer, out, memory=memory, recipe=recipe)
     return out

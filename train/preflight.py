@@ -54,11 +54,11 @@ def _check_rows(source: Source, data: Data, key: str, recipe: Recipe) -> str:
     for row in source.read(None):
         if not isinstance(row, BadRow):
             try:
-                check_row(row, recipe.objective)
+                check_row(row, recipe.objective, recipe.adapters)
                 good += 1
                 seen_bytes += sum(len(v) for v in row.fields.values() if isinstance(v, str)) + 64
             except FormatError as error:
-                row = BadRow(str(error), row.where, row.after)
+                row = row.bad(error)
         if isinstance(row, BadRow):
             bad += 1
             first_bad = first_bad or row
@@ -102,6 +102,8 @@ def check_environment(recipe: Recipe) -> None:
             "objective.kind=grpo writes rollouts with the whole model, which FSDP and DeepSpeed "
             "hold in shards; launch with DDP (recipes/accelerate/ddp.yaml)"
         )
+    if adapters.kind == "bank" and len(adapters.operations) > 1:
+        check_joint(recipe, engines)
     if recipe.update.kind == "streamed":
         check_streamed(recipe, engines)
     if recipe.update.kind == "in_backward" and engines:
@@ -138,6 +140,20 @@ def check_tokens_launch(recipe: Recipe, engines: list[str]) -> None:
         value = getattr(tokens, key)
         if value and not Path(value).expanduser().exists():
             raise UserError(f"tokens.{key}: {value} not found (from {Path.cwd()})")
+
+
+def check_joint(recipe: Recipe, engines: list[str]) -> None:
+    """What several experts in one run cannot be launched with: each batch trains one of them."""
+    if engines:
+        raise UserError(
+            "adapters.kind=bank with several operations leaves weights without a gradient in each "
+            "batch, which FSDP and DeepSpeed do not take; launch with DDP, or train one operation"
+        )
+    if recipe.update.kind == "in_backward" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(
+            "update.kind=in_backward averages a weight over all ranks in the backward, and ranks "
+            "train different experts of a bank then; set update.kind=plain, or train one operation"
+        )
 
 
 def check_streamed(recipe: Recipe, engines: list[str]) -> None:

@@ -22,6 +22,7 @@ from mnemic.train.preflight import (
 from mnemic.train.recipe.distill import DistillObjective
 from mnemic.train.recipe.load import dump_recipe
 from mnemic.train.recipe.memory import GrpoObjective
+from mnemic.train.recipe.model import Bank
 from mnemic.train.recipe.recipe import Recipe
 from mnemic.train.recipe.training import InBackwardUpdate as InBackwardPart
 from mnemic.train.recipe.training import Loop, WandbTracking
@@ -96,7 +97,8 @@ def _run(
     from mnemic.train.update import DeepSpeedUpdate, PlainUpdate
 
     streamed: Any = None
-    accelerator = make_accelerator(recipe.loop)
+    joint = isinstance(recipe.adapters, Bank) and len(recipe.adapters.operations) > 1
+    accelerator = make_accelerator(recipe.loop, unused=joint)
     if accelerator.num_processes > 1:
         from accelerate.utils import broadcast_object_list
 
@@ -248,6 +250,8 @@ def _run(
         "seconds": time.perf_counter() - began,
         "exported": None,
     }
+    if recipe.memory is not None or recipe.adapters.kind == "bank":
+        summary["memory_bytes"] = memory_bytes(recipe, plain, optimizer, evaluation)
     signalled = (trainer.stop_reason or "").startswith("signal")
     if not signalled:
         if ran_from == trainer.step and folder.summary.exists() and folder.final.is_dir():
@@ -257,12 +261,30 @@ def _run(
         if streamed:
             streamed.export(folder.final)
         else:
-            export_model(trainer, tokenizer, folder.final, memory=memory_config(recipe))
+            export_model(
+                trainer, tokenizer, folder.final, memory=memory_config(recipe),
+                recipe=recipe,
+            )  # fmt: skip
         summary["exported"] = str(folder.final)
     if accelerator.is_main_process:
         write_atomic(folder.summary, json.dumps(summary, indent=1).encode())
     accelerator.end_training()
     return summary
+
+
+def memory_bytes(recipe: Recipe, model: Any, optimizer: Any, evaluation: Any) -> dict[str, int]:
+    """What the trained memory takes, in bytes by part. Replay: the data's files, where it has some;
+    store: the largest of the last evaluation.
+    """
+    from mnemic.models.adapter_budget import byte_budget
+    from mnemic.train.data.sources import find_files
+
+    path = getattr(recipe.data, "path", None)
+    replay = sum(file.stat().st_size for file in find_files(path, "data")) if path else 0
+    return byte_budget(
+        getattr(model, "expert_bank", model), optimizer, replay_bytes=replay,
+        store_bytes=evaluation.store_bytes if evaluation else 0,
+    )  # fmt: skip
 
 
 def _load_best(trainer: Any, recipe: Recipe, evaluation: Any) -> None:
@@ -297,12 +319,12 @@ def prompt_form(recipe: Recipe) -> str:
     return "chat"
 
 
-def make_accelerator(loop: Loop) -> Any:
+def make_accelerator(loop: Loop, *, unused: bool = False) -> Any:
     """Accelerate's device and process set-up; autocast is the trainer's own except under sharded
-    engines.
+    engines. `unused`: batches leave some trained weights without a gradient.
     """
     import torch
-    from accelerate import Accelerator
+    from accelerate import Accelerator, DistributedDataParallelKwargs
 
     sharded = any(os.environ.get(f"ACCELERATE_USE_{e}") == "true" for e in ("FSDP", "DEEPSPEED"))
     cpu = loop.device == "cpu" or not torch.accelerator.is_available()
@@ -312,6 +334,9 @@ def make_accelerator(loop: Loop) -> Any:
         cpu=cpu,
         mixed_precision="bf16" if sharded and loop.precision == "bf16" else "no",
         step_scheduler_with_optimizer=False,
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)]
+        if unused
+        else None,
     )
 
 

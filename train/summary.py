@@ -30,6 +30,10 @@ def lines(summary: dict[str, Any], recipe: Recipe) -> list[str]:
     if summary["device_peak_bytes"]:
         peak += f", {size(summary['device_peak_bytes'])} device"
     found.append(peak)
+    if budget := summary.get("memory_bytes"):
+        what = "adapters" if recipe.adapters.kind != "none" else "weights"
+        parts = [f"{what if k == 'adapters' else k} {size(v)}" for k, v in budget.items()]
+        found.append(f"  memory, all counted: {', '.join(parts)}")
     sample = _last_sample(Path(recipe.folder) / "samples.jsonl")
     if sample:
         found += [

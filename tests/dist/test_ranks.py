@@ -81,3 +81,36 @@ def test_two_ranks_play_and_train_what_one_does(tmp_path, warm_model):
     mine, theirs = (weights_of(tmp_path / n / "run" / "final") for n in ("two", "one"))
     for name, weight in theirs.items():
         assert float((mine[name] - weight).abs().max()) < 2e-4, name
+
+
+def test_two_ranks_train_the_experts_that_one_does(tmp_path):
+    """Ranks run different operations at the same time, and each expert learns from its rows."""
+    for name in ("one", "two"):
+        folder = tmp_path / name
+        folder.mkdir()
+        tree = {
+            "name": "bank", "run_dir": str(folder / "run"),
+            "model": {"kind": "tiny", "hidden_size": 32, "layers": 1, "heads": 2},
+            "adapters": {"kind": "bank", "r": 4}, "data": {"kind": "operations", "size": 8},
+            "objective": {"kind": "sft", "max_length": 1024},
+            "optimizer": {"kind": "adamw", "lr": 3e-3},
+            "update": {"kind": "plain", "max_grad_norm": 1.0},
+            "loop": {"steps": 4, "batch_size": 4, "micro_batch_size": 1, "schedule": "constant"},
+        }  # fmt: skip
+        write_recipe(folder / "recipe.yaml", tree)
+    train(tmp_path / "one", 1)
+    train(tmp_path / "two", 2)
+    import torch
+
+    for row, expected in zip(
+        rows_of(tmp_path / "two" / "run"), rows_of(tmp_path / "one" / "run"), strict=True
+    ):
+        for key, value in expected.items():
+            assert row[key] == pytest.approx(value, rel=1e-5), (key, row["step"])
+    for operation in ("mem_extract", "mem_update", "mem_generate"):
+        one, two = (
+            weights_of(tmp_path / name / "run" / "final" / operation) for name in ("one", "two")
+        )
+        assert any(w.abs().sum() > 0 for name, w in one.items() if "lora_B" in name)
+        for name, weight in one.items():
+            torch.testing.assert_close(two[name], weight, rtol=1e-3, atol=1e-4)

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mnemic.models.adapter_budget import bytes_of_store
 from mnemic.train.callbacks.base import Callback, MetricsRow
 from mnemic.train.checkpoint import write_atomic
-from mnemic.train.data.collate import collate
+from mnemic.train.data.collate import by_operation, chunks_of, collate
 from mnemic.train.data.tokenize import Example
 from mnemic.train.generate import generate_greedy
 from mnemic.train.objectives.base import Objective
@@ -30,11 +31,14 @@ class Probe:
 
     prompt: list[int]
     reference: str
+    operation: str | None = None
+    """The expert of an adapter bank that answers."""
 
 
 class EvaluationCallback(Callback):
     """Adds `eval/loss` (mean over held-out trained tokens), with probes `eval/exact_match`, and
     with a player `eval/r1` and what was done to memories; each where it has something to measure.
+    With a bank of adapters also `eval/exact_match/<operation>`.
 
     Exact match compares whole texts, white space at both ends aside. Rows are shared out over the
     ranks. Episodes played go to episodes.jsonl beside the samples, those of the last evaluation.
@@ -63,6 +67,8 @@ class EvaluationCallback(Callback):
         self.batch_size, self.max_new_tokens = batch_size, max_new_tokens
         self.metric, self.patience, self.samples = metric, patience, samples
         self.player = player
+        self.store_bytes = 0
+        """The largest memory of the last episodes played."""
         self.best: float | None = None
         self.best_step = 0
         self.without_gain = 0
@@ -114,43 +120,58 @@ class EvaluationCallback(Callback):
         model = trainer.module
         model.eval()
         pad_id = self.tokenizer.pad_token_id
-        loss = weight = matches = 0.0
+        loss = weight = 0.0
         rows = sorted(self.examples, key=lambda e: len(e.input_ids))[rank::world]
-        for i in range(0, len(rows), self.batch_size):
-            batch = collate(rows[i : i + self.batch_size], pad_id=pad_id, packed=False)
+        for chunk in chunks_of(rows, self.batch_size, 1, lambda row: row.operation):
+            batch = collate(chunk, pad_id=pad_id, packed=False)
             with trainer.autocast():
                 value, _ = self.objective.loss(model, batch.to(trainer.accelerator.device))
             loss, weight = loss + float(value), weight + batch.weight
         mine = list(self.probes)[rank::world]
-        texts: list[str] = []
-        if mine:
-            with trainer.autocast():
-                texts = generate_greedy(
-                    model,
-                    self.tokenizer,
-                    [probe.prompt for probe in mine],
-                    max_new_tokens=self.max_new_tokens,
-                    batch_size=self.batch_size,
-                )
-            matches = sum(
-                t.strip() == p.reference.strip() for t, p in zip(texts, mine, strict=True)
-            )
-        loss, weight, matches = trainer.sum_over_ranks([loss, weight, float(matches)])
+        texts = self._answers(trainer, model, mine)
+        right = [t.strip() == p.reference.strip() for t, p in zip(texts, mine, strict=True)]
+        named = sorted({probe.operation for probe in self.probes if probe.operation is not None})
+        own = [
+            float(sum(hit for hit, p in zip(right, mine, strict=True) if p.operation == operation))
+            for operation in named
+        ]
+        loss, weight, matches, *own = trainer.sum_over_ranks(
+            [loss, weight, float(sum(right)), *own]
+        )
         found = {"eval/loss": loss / weight} if self.examples else {}
         if self.player:
             found |= self._play(trainer, self.player, step)
         model.train()
         if self.probes:
             found["eval/exact_match"] = matches / len(self.probes)
+            for operation, hits in zip(named, own, strict=True):
+                count = sum(probe.operation == operation for probe in self.probes)
+                found[f"eval/exact_match/{operation}"] = hits / count
             if trainer.is_main:
                 self._write_samples(step, mine, texts)
         found["perf/eval_seconds"] = time.perf_counter() - start
         return found
 
+    def _answers(self, trainer: "Trainer", model: Any, probes: list[Probe]) -> list[str]:
+        """Greedy, in the order of `probes`; those of an operation by its expert."""
+        texts = [""] * len(probes)
+        for operation, own in by_operation(list(enumerate(probes)), lambda p: p[1].operation):
+            if operation is not None:
+                model.expert_bank.activate(operation)
+            with trainer.autocast():
+                found = generate_greedy(
+                    model, self.tokenizer, [probe.prompt for _, probe in own],
+                    max_new_tokens=self.max_new_tokens, batch_size=self.batch_size,
+                )  # fmt: skip
+            for (index, _), text in zip(own, found, strict=True):
+                texts[index] = text
+        return texts
+
     def _play(self, trainer: "Trainer", player: Player, step: int) -> dict[str, float]:
         rank, world = trainer.accelerator.process_index, trainer.accelerator.num_processes
         with trainer.autocast():
             played = player.play(rank, world)
+        self.store_bytes = max((bytes_of_store(p.episode.store) for p in played), default=0)
         names = list(sums(played))
         total = dict(zip(names, trainer.sum_over_ranks(list(sums(played).values())), strict=True))
         if trainer.is_main:

@@ -2,13 +2,16 @@
 0.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from mnemic.train.data.tokenize import IGNORE, Example
+
+T = TypeVar("T")
 
 
 @dataclass(slots=True)
@@ -23,10 +26,40 @@ class Batch:
     weight: float
     counts: dict[str, float] = field(default_factory=dict)
     """Numbers to add up over the step: rows, tokens."""
+    operation: str | None = None
+    """The expert of an adapter bank that all its rows are for."""
 
     def to(self, device: Any) -> "Batch":
         moved = {k: v.to(device, non_blocking=True) for k, v in self.tensors.items()}
-        return Batch(moved, self.weight, self.counts)
+        return Batch(moved, self.weight, self.counts, self.operation)
+
+
+def by_operation(
+    rows: Sequence[T], operation: Callable[[T], str | None]
+) -> list[tuple[str | None, list[T]]]:
+    """The rows of each operation, sorted by its name, in their order."""
+    found: dict[str | None, list[T]] = {}
+    for row in rows:
+        found.setdefault(operation(row), []).append(row)
+    return sorted(found.items(), key=lambda item: item[0] or "")
+
+
+def chunks_of(
+    rows: Sequence[T], size: int, world: int, operation: Callable[[T], str | None]
+) -> list[list[T]]:
+    """Rows by operation in chunks of at most `size`, as many for each of `world` ranks: the largest
+    are halved until they are. len(rows) must be a multiple of `world`.
+    """
+    chunks = [
+        own[i : i + size]
+        for _, own in by_operation(rows, operation)
+        for i in range(0, len(own), size)
+    ]
+    while len(chunks) % world:
+        index = max(range(len(chunks)), key=lambda i: len(chunks[i]))
+        half = (len(chunks[index]) + 1) // 2
+        chunks[index : index + 1] = [chunks[index][:half], chunks[index][half:]]
+    return chunks
 
 
 def collate(examples: list[Example], *, pad_id: int, packed: bool) -> Batch:
@@ -65,14 +98,17 @@ def collate(examples: list[Example], *, pad_id: int, packed: bool) -> Batch:
         tensors["logit_columns"] = columns
     weight = float(sum(e.num_targets for e in examples))
     tokens = float(sum(len(e.input_ids) for e in examples))
-    return Batch(tensors, weight, {"rows": float(len(examples)), "tokens": tokens})
+    counts = {"rows": float(len(examples)), "tokens": tokens}
+    operation = examples[0].operation
+    assert all(example.operation == operation for example in examples)
+    return Batch(tensors, weight, counts, operation)
 
 
 def pack_rows(examples: list[Example], max_length: int) -> list[Example]:
     """Join examples into rows of at most `max_length` tokens, best fit by decreasing length.
 
     The first label of each joined example is `IGNORE` already, so no example predicts its
-    neighbour.
+    neighbour. All are of one operation.
     """
     bins: list[list[Example]] = []
     by_room: dict[int, list[int]] = {}
@@ -92,6 +128,7 @@ def pack_rows(examples: list[Example], max_length: int) -> list[Example]:
             [t for e in group for t in e.labels],
             tuple(len(e.input_ids) for e in group),
             sum(e.source_length for e in group),
+            group[0].operation,
         )
         for group in bins
     ]

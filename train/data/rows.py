@@ -22,6 +22,11 @@ class Row:
     """`file:line`, or the like."""
     after: Position
     """Behind this row."""
+    again: bool = False
+    """Whether an earlier pass over the data has given it: then it is not counted or reported."""
+
+    def bad(self, reason: object) -> "BadRow":
+        return BadRow(str(reason), self.where, self.after, self.again)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +34,7 @@ class BadRow:
     reason: str
     where: str
     after: Position
+    again: bool = False
 
 
 class Source(Protocol):
@@ -48,8 +54,6 @@ class BadRows:
     def __init__(self, policy: str, *, key: str = "data", quiet: bool = False) -> None:
         self.policy, self.key, self.quiet = policy, key, quiet
         self.count = self.truncated = 0
-        self.first_pass = True
-        """Rows are counted and reported once, not in every pass over the data."""
 
     def add(self, bad: BadRow) -> None:
         if self.policy == "stop":
@@ -57,20 +61,20 @@ class BadRows:
                 f"{bad.where}: {bad.reason}; mend the row, "
                 f"or set {self.key}.on_bad_row=skip to go on without such rows"
             )
-        if not self.first_pass:
+        if bad.again:
             return
         self.count += 1
         if not self.quiet and self.count <= self.REPORTED:
             more = "; further bad rows are only counted" if self.count == self.REPORTED else ""
             log.warning("%s: %s; skipped%s", bad.where, bad.reason, more)
 
-    def cut(self, where: str, length: int, limit: int) -> None:
+    def cut(self, row: Row, length: int, limit: int) -> None:
         """Count a row that lost its end."""
-        if not self.first_pass:
+        if row.again:
             return
         self.truncated += 1
         if not self.quiet and self.truncated == 1:
             log.warning(
                 "%s: %d tokens, cut to objective.max_length=%d; further cuts are only counted "
-                "(data/truncated_rows)", where, length, limit,
+                "(data/truncated_rows)", row.where, length, limit,
             )  # fmt: skip

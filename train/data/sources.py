@@ -22,6 +22,7 @@ from mnemic.train.recipe.data import (
     HubData,
     JsonlData,
     KvStreamData,
+    OperationsData,
     ParquetData,
     TextData,
 )
@@ -50,6 +51,16 @@ def open_source(data: Data, *, key: str = "data", turns: MemoryConfig | None = N
         return ParquetSource(find_files(data.path, key), data.columns)
     if isinstance(data, HubData):
         return HubSource(data)
+    if isinstance(data, OperationsData):
+        from mnemic.train.data.memory.operations_rows import mixed_rows
+
+        try:
+            return ListSource(
+                mixed_rows(data.operations, data.split, data.size, seed=data.seed),
+                f"operations/{data.split}",
+            )
+        except ValueError as error:
+            raise UserError(f"{key}.size={data.size}: {error}") from None
     assert isinstance(data, FactsData)
     from mnemic.train.data.facts import facts_rows
 

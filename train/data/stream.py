@@ -9,6 +9,7 @@ ranks nor the micro-batch size, and a checkpoint resumes on any number of ranks.
 
 import random
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, Generic, TypeVar
 
 from mnemic.train.data.rows import BadRow, BadRows, Row, Source
@@ -61,6 +62,8 @@ class Reader(Stage[Row]):
         for row in self._rows:
             self.position = row.after
             self.index += 1
+            if self.epoch:
+                row = replace(row, again=True)
             if self.nth and (self.index % self.nth == 0) != self.held:
                 continue
             if isinstance(row, BadRow):
@@ -71,7 +74,6 @@ class Reader(Stage[Row]):
         if not self.yielded:
             raise UserError(f"{self.bad.key}: no usable row ({self.bad.count} bad)")
         self.epoch += 1
-        self.bad.first_pass = False
         self.index = self.yielded = 0
         self.position = self._rows = None
         return EPOCH_END
@@ -90,7 +92,6 @@ class Reader(Stage[Row]):
         self.epoch, self.index = state["epoch"], state["index"]
         self.yielded, self.position = state["yielded"], state["position"]
         self.bad.count, self.bad.truncated = state["bad"], state["truncated"]
-        self.bad.first_pass = self.epoch == 0
         self._rows = None
 
 

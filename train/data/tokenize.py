@@ -22,6 +22,8 @@ class Example:
     lengths: tuple[int, ...]
     source_length: int
     """Tokens before any cut."""
+    operation: str | None = None
+    """Which expert of an adapter bank it is for."""
 
     @property
     def num_targets(self) -> int:

@@ -2,18 +2,19 @@
 knows both.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mnemic.models.memory.episode import MemoryConfig
-from mnemic.train.data.collate import pack_rows
+from mnemic.train.data.collate import by_operation, pack_rows
 from mnemic.train.data.formats import FormatError, as_example, as_text
 from mnemic.train.data.memory.episode import EpisodeRow, as_episode
-from mnemic.train.data.rows import BadRow, BadRows, Row, Source
+from mnemic.train.data.rows import BadRows, Row, Source
 from mnemic.train.data.sources import TextSource, open_source
 from mnemic.train.data.stream import Concat, Map, Reader, Stage, Window, one_pass, shuffled
 from mnemic.train.data.tokenize import Example, SftTokenizer, lm_ids
 from mnemic.train.errors import UserError
+from mnemic.train.objectives.check import expert_of
 from mnemic.train.preflight import turns_of
 from mnemic.train.recipe.data import Data, KvStreamData
 from mnemic.train.recipe.recipe import Recipe
@@ -80,12 +81,17 @@ def train_stream(recipe: Recipe, tokenizer: Any, *, quiet: bool = False) -> Stre
         return Streams(stream, rows.bad, packed=False)
     assert isinstance(objective, SftObjective)
     upstream = shuffled(rows, data.shuffle_window, seed) if data.shuffle else rows
-    examples = _sft(upstream, tokenizer, objective, rows.bad)
+    examples = _sft(upstream, tokenizer, recipe, rows.bad)
     if not objective.packing:
         return Streams(examples, rows.bad, packed=False)
 
     def pack(items: list[Example], number: int) -> list[Example]:
-        packed = pack_rows(items, objective.max_length)
+        # Joined rows are run by one expert.
+        packed = [
+            row
+            for _, own in by_operation(items, lambda row: row.operation)
+            for row in pack_rows(own, objective.max_length)
+        ]
         return shuffle_packed(packed, number) if data.shuffle else packed
 
     shuffle_packed = shuffled(Stage[Example](), 1, seed).rearrange
@@ -100,7 +106,7 @@ def eval_stream(recipe: Recipe, tokenizer: Any) -> tuple[Stage[Any], BadRows]:
     if isinstance(objective, LmObjective):
         return _lm(rows, tokenizer, objective, flush=True), rows.bad
     assert isinstance(objective, SftObjective)
-    return _sft(rows, tokenizer, objective, rows.bad), rows.bad
+    return _sft(rows, tokenizer, recipe, rows.bad), rows.bad
 
 
 def eval_rows(recipe: Recipe, *, quiet: bool = False) -> Reader:
@@ -140,7 +146,7 @@ def _episode(row: Row, bad: BadRows) -> EpisodeRow | None:
     try:
         return as_episode(row.fields)
     except FormatError as error:
-        bad.add(BadRow(str(error), row.where, row.after))
+        bad.add(row.bad(error))
         return None
 
 
@@ -151,7 +157,7 @@ def _lm(
         try:
             text = as_text(row.fields)
         except FormatError as error:
-            rows.bad.add(BadRow(str(error), row.where, row.after))
+            rows.bad.add(row.bad(error))
             return None
         return lm_ids(tokenizer, text, last=row.fields.get("last", True)) or None
 
@@ -161,17 +167,21 @@ def _lm(
     return Map(Concat(Map(rows, tokenize), objective.seq_len, flush=flush), label)
 
 
-def _sft(rows: Stage[Row], tokenizer: Any, objective: SftObjective, bad: BadRows) -> Stage[Example]:
+def _sft(rows: Stage[Row], tokenizer: Any, recipe: Recipe, bad: BadRows) -> Stage[Example]:
+    objective = recipe.objective
+    assert isinstance(objective, SftObjective)
     convert = sft_tokenizer(objective, tokenizer)
 
     def tokenize(row: Row) -> Example | None:
         try:
             example = convert(as_example(row.fields))
+            if operation := expert_of(row, recipe.adapters):
+                example = replace(example, operation=operation)
         except FormatError as error:
-            bad.add(BadRow(str(error), row.where, row.after))
+            bad.add(row.bad(error))
             return None
         if example.source_length > objective.max_length:
-            bad.cut(row.where, example.source_length, objective.max_length)
+            bad.cut(row, example.source_length, objective.max_length)
         return example
 
     return Map(rows, tokenize)

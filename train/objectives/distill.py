@@ -26,11 +26,11 @@ from mnemic.models.exact.divergence import (
 )
 from mnemic.models.exact.loss import loss_head
 from mnemic.models.generation import generate
-from mnemic.train.data.collate import Batch, collate
+from mnemic.train.data.collate import Batch, by_operation, chunks_of, collate
 from mnemic.train.data.stream import Stage, take
 from mnemic.train.data.tokenize import IGNORE, Example
 from mnemic.train.objectives.base import TokenBatch
-from mnemic.train.objectives.tokens import TokenObjective, base_of, token_batch
+from mnemic.train.objectives.tokens import TokenObjective, activate, base_of, token_batch
 from mnemic.train.rollout.play import seed_of
 
 SAMPLED = "distill_sampled"
@@ -57,9 +57,13 @@ class Sampler:
         return random.Random(f"{self.seed}/{step}/{number}/on_policy").random() < self.share
 
     def __call__(self, step: int, rows: Sequence[tuple[int, Example]]) -> list[Example]:
-        """Of `rows` with their numbers, each with a completion sampled for it."""
+        """Of `rows` with their numbers, each with a completion sampled for it. All are of one
+        operation.
+        """
         prompts = [row.input_ids[: _prompt_length(row)] for _, row in rows]
         seeds = [seed_of(f"{self.seed}/{step}/{number}") for number, _ in rows]
+        if rows[0][1].operation is not None:
+            self.model.expert_bank.activate(rows[0][1].operation)
         with self.autocast():
             made = generate(
                 self.model, prompts, eos_id=self.tokenizer.eos_token_id,
@@ -67,11 +71,15 @@ class Sampler:
                 batch_size=self.batch_size, seeds=seeds,
             )  # fmt: skip
         found = []
-        for prompt, completion in zip(prompts, made, strict=True):
+        for prompt, completion, (_, row) in zip(prompts, made, rows, strict=True):
             new = completion.ids[: self.max_length - len(prompt)]
-            ids = prompt + new
-            found.append(Example(ids, [IGNORE] * len(prompt) + new, (len(ids),), len(ids)))
+            ids, labels = prompt + new, [IGNORE] * len(prompt) + new
+            found.append(Example(ids, labels, (len(ids),), len(ids), row.operation))
         return found
+
+
+def _operation(row: tuple[int, Example]) -> str | None:
+    return row[1].operation
 
 
 def _prompt_length(row: Example) -> int:
@@ -101,15 +109,26 @@ class DistillationObjective(TokenObjective):
             enumerate(take(self.stream, self.batch_size)), key=lambda r: len(r[1].input_ids)
         )
         # Ranks share the rows as they are given: which rank samples one does not depend on samples.
-        chunks = [numbered[i : i + self.micro] for i in range(0, len(numbered), self.micro)]
-        mine = [row for chunk in chunks[self.rank :: self.world] for row in chunk]
-        drawn = [row for row in mine if self.sampler.chosen(step, row[0])]
-        kept = [row for row in mine if not self.sampler.chosen(step, row[0])]
-        rows = [(False, row) for _, row in kept]
-        rows += [(True, row) for row in self.sampler(step, drawn)] if drawn else []
-        rows.sort(key=lambda r: len(r[1].input_ids))
-        parts = [rows[i : i + self.micro] for i in range(0, len(rows), self.micro)]
-        return [self._batch(part) for part in parts]
+        chunks = chunks_of(numbered, self.micro, self.world, _operation)[self.rank :: self.world]
+        sizes = by_operation(chunks, lambda chunk: _operation(chunk[0]))
+        found = []
+        for _, own in sizes:
+            rows = self._sampled(self.sampler, step, [row for chunk in own for row in chunk])
+            for chunk in own:
+                found.append(self._batch(rows[: len(chunk)]))
+                rows = rows[len(chunk) :]
+        return found
+
+    def _sampled(
+        self, sampler: Sampler, step: int, given: Sequence[tuple[int, Example]]
+    ) -> list[tuple[bool, Example]]:
+        """Rows of one operation, some of them sampled anew, by their length, and whether they
+        are.
+        """
+        drawn = [row for row in given if sampler.chosen(step, row[0])]
+        rows = [(False, row[1]) for row in given if not sampler.chosen(step, row[0])]
+        rows += [(True, row) for row in sampler(step, drawn)] if drawn else []
+        return sorted(rows, key=lambda row: len(row[1].input_ids))
 
     def _batch(self, rows: list[tuple[bool, Example]]) -> Batch:
         batch = collate([row for _, row in rows], pad_id=self.pad_id, packed=self.packed)
@@ -118,6 +137,7 @@ class DistillationObjective(TokenObjective):
         return batch
 
     def loss(self, model: Any, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+        activate(model, batch)
         own = {k: v for k, v in batch.tensors.items() if k != SAMPLED}
         found = token_batch(Batch(own, batch.weight))
         teacher, student = base_of(self.teacher), base_of(model)

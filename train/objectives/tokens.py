@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mnemic.models.exact.loss import loss_head
-from mnemic.train.data.collate import Batch, collate
+from mnemic.train.data.collate import Batch, chunks_of, collate
 from mnemic.train.data.rows import BadRows
 from mnemic.train.data.stream import Stage, take
 from mnemic.train.data.tokenize import IGNORE, Example
@@ -43,14 +43,16 @@ class TokenObjective(Objective):
     def microbatches(self, step: int) -> list[Batch]:
         del step  # the stream knows where it stands
         rows = sorted(take(self.stream, self.batch_size), key=lambda e: len(e.input_ids))
-        chunks = [rows[i : i + self.micro] for i in range(0, len(rows), self.micro)]
+        chunks = chunks_of(rows, self.micro, self.world, lambda row: row.operation)
         mine = chunks[self.rank :: self.world]
         return [collate(chunk, pad_id=self.pad_id, packed=self.packed) for chunk in mine]
 
     def loss(self, model: Any, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+        activate(model, batch)
         return token_loss(model, batch), {}
 
     def tokens(self, batch: Batch) -> TokenBatch:
+        # A streamed bank has one expert, which is active.
         return token_batch(batch)
 
     def metrics(self) -> dict[str, float]:
@@ -73,6 +75,14 @@ def base_of(model: Any) -> Any:
     """The transformers model under DDP and peft wrappers."""
     model = getattr(model, "module", model)
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def activate(model: Any, batch: Batch) -> None:
+    """Let the expert of an adapter bank compute that the batch is for, until the next batch: its
+    backward comes when the loss has returned.
+    """
+    if batch.operation is not None:
+        getattr(model, "module", model).expert_bank.activate(batch.operation)
 
 
 def token_batch(batch: Batch) -> TokenBatch:

@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 
+from mnemic.models.adapter_card import base_hash
 from mnemic.train.checkpoint import checkpoint_step, verify
 from mnemic.train.errors import UserError
+from mnemic.train.export import write_bank
 from mnemic.train.folder import RunFolder, replace_folder
 from mnemic.train.offload.build import build_engine, describe, open_copy, source
 from mnemic.train.offload.engine import Engine
@@ -120,11 +122,23 @@ class StreamedRun:
     def export(self, target: Path) -> None:
         """The trained model as a plain Hugging Face or PEFT folder, a tile at a time."""
         with replace_folder(target) as temp:
+            bank = getattr(self.model, "expert_bank", None)
             if self.plan.full:
                 export_engine(self.engine, self.model, temp)
+            elif bank is not None:
+                self.name_base()
+                write_bank(bank, temp, self.recipe)
             else:
                 self.model.save_pretrained(temp)
             self.tokenizer.save_pretrained(temp)
+
+    def name_base(self) -> None:
+        """Tell a bank which base its experts are over, from the weights that were streamed."""
+        bank = getattr(self.model, "expert_bank", None)
+        if bank is None:
+            return
+        read = source(self.recipe, self.tokenizer, self.plan)
+        bank.name_base(base_hash(self.model, bank.operations, lambda name: read(name, None)))
 
     def close(self, folder: Path) -> None:
         self.engine.close()
@@ -174,7 +188,7 @@ def load_streamed(
     if not full:
         assert source is not None
         load_trained(run.model, source / "model.safetensors")
-    return Loaded(run.model, run.engine, stack)
+    return Loaded(run.model, run.engine, stack, run)
 
 
 @dataclass
@@ -184,3 +198,8 @@ class Loaded:
     model: Any
     engine: Engine
     stack: ExitStack
+    run: StreamedRun | None = None
+
+    def name_base(self) -> None:
+        if self.run is not None:
+            self.run.name_base()

@@ -16,7 +16,14 @@ from mnemic.train.data.sources import find_files
 from mnemic.train.data.stream import one_pass, take
 from mnemic.train.data.tokenize import Example
 from mnemic.train.errors import UserError
-from mnemic.train.recipe.data import EpisodesData, FactsData, HubData, KvStreamData, TextData
+from mnemic.train.recipe.data import (
+    EpisodesData,
+    FactsData,
+    HubData,
+    KvStreamData,
+    OperationsData,
+    TextData,
+)
 from mnemic.train.recipe.memory import GrpoObjective, HfGenerator
 from mnemic.train.recipe.recipe import Recipe
 from mnemic.train.recipe.training import LmObjective
@@ -211,6 +218,8 @@ def _waiting_bytes(recipe: Recipe, tokenizer: Any, rows: Sequence[Example]) -> i
         return int(min(data.shuffle_window, data.size) * each)
     if isinstance(data, KvStreamData):
         return int(min(data.shuffle_window, data.size * data.stream.n_chunks) * each)
+    if isinstance(data, OperationsData):
+        return int(min(data.shuffle_window, data.size * len(data.operations)) * each)
     if isinstance(data, EpisodesData):
         return 0  # objective grpo's, whose rows are few
     if isinstance(data, HubData):

@@ -139,8 +139,10 @@ class Stream(Part):
         Annotated[float, Field(ge=0)],
     ] = Field(default_factory=lambda: {"current": 0.4, "updated": 0.4, "abstain": 0.2})
     """Weights of question types."""
-    style: Literal["plain", "natural"] = "plain"
-    """Bare words, or sentences whose names, values and templates the splits do not share."""
+    style: Literal["plain", "natural", "wide"] = "plain"
+    """Bare words, or sentences whose names, values and templates the splits do not share; wide has
+    many more of them for training.
+    """
     family: Literal["facts", "labels"] = "facts"
     """Facts about people, or classes and their numbers."""
     dates: bool = False
@@ -198,6 +200,25 @@ class EpisodesData(_Data):
     """Seed of what is drawn (squad, ttl)."""
 
 
+class OperationsData(_Data):
+    """Right answers to the memory operations' prompts on generated streams: rows with `operation`,
+    `prompt` and `completion`, for an adapter bank or one adapter. No prompt comes twice, and the
+    splits share no name, no value and no sentence template.
+    """
+
+    kind: Literal["operations"] = "operations"
+    operations: list[Literal["mem_extract", "mem_update", "mem_generate"]] = Field(
+        default_factory=lambda: ["mem_extract", "mem_update", "mem_generate"], min_length=1
+    )
+    """Which operations, in turn."""
+    split: Literal["train", "heldout"] = "train"
+    """Which of the two disjoint families of rows."""
+    size: int = Field(256, ge=1)
+    """Rows of each operation."""
+    seed: int = 0
+    """Seed of the generator."""
+
+
 EpisodeData = KvStreamData | EpisodesData
 
 Data = Annotated[
@@ -208,7 +229,8 @@ Data = Annotated[
     | HubData
     | FactsData
     | KvStreamData
-    | EpisodesData,
+    | EpisodesData
+    | OperationsData,
     Field(discriminator="kind"),
     KindShorthand,
 ]

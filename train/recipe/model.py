@@ -4,6 +4,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from mnemic.models.adapter_rules import check_names
+from mnemic.models.memory.op_prompts import OPERATIONS
 from mnemic.train.recipe.base import KindShorthand, Part
 
 DType = Literal["fp32", "bf16"]
@@ -136,4 +138,25 @@ class QLora(Lora):
     """Quantise the block scales too: 0.4 bits less for each weight."""
 
 
-Adapters = Annotated[NoAdapters | Lora | Dora | QLora, Field(discriminator="kind"), KindShorthand]
+class Bank(Lora):
+    """One LoRA expert for each memory operation over one frozen base (MemLoRA, arXiv 2512.04763).
+    Rows name theirs in the column `operation`; a batch's rows are run operation by operation.
+    """
+
+    kind: Literal["bank"] = "bank"  # type: ignore[assignment]
+    operations: list[str] = Field(default_factory=lambda: list(OPERATIONS), min_length=1)
+    """Names of the experts: `mem_` and words of a-z and 0-9 joined by `_`."""
+    card: dict[Literal["teacher", "data", "version", "licence"], str] = Field(default_factory=dict)
+    """What the experts' cards say of teacher, data, version and licence."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "Bank":
+        check_names(self.operations)
+        if len(set(self.operations)) < len(self.operations):
+            raise ValueError("operations: names one twice; an operation has one expert")
+        return self
+
+
+Adapters = Annotated[
+    NoAdapters | Lora | Dora | QLora | Bank, Field(discriminator="kind"), KindShorthand
+]

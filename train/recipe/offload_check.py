@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from mnemic.train.recipe.model import Lora, NoAdapters
+from mnemic.train.recipe.model import Bank, Lora, NoAdapters
 from mnemic.train.recipe.offload import HostOffload, NoOffload, SsdOffload
 from mnemic.train.recipe.training import StreamedUpdate
 
@@ -40,7 +40,7 @@ def _weights(model: Any, adapters: Any, offload: HostOffload | SsdOffload) -> li
             "model.weights=int8 is not streamed; set model.weights=full (and, with adapters, "
             "offload.base=int8)"
         )
-    if not isinstance(adapters, NoAdapters) and type(adapters) is not Lora:
+    if not isinstance(adapters, NoAdapters) and type(adapters) not in (Lora, Bank):
         other = "adapters.kind=lora and offload.base=nf4" if adapters.kind == "qlora" else "lora"
         problems.append(
             f"adapters.kind={adapters.kind} needs the whole base in memory; set {other}"

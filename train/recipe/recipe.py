@@ -4,6 +4,7 @@ heavy loads.
 
 from pydantic import Field, model_validator
 
+from mnemic.train.recipe.bank_check import check_bank
 from mnemic.train.recipe.base import Part
 from mnemic.train.recipe.data import Data, TextData
 from mnemic.train.recipe.distill import check_distill
@@ -112,6 +113,7 @@ class Recipe(Part):
         )
         problems += check_memory(self)
         problems += check_distill(self)
+        problems += check_bank(self)
         problems += check_tokens(self.tokens, self.adapters, self.objective, self.update, self.loop)
         if problems:
             raise ValueError("\n".join(problems))

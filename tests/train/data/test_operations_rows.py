@@ -14,7 +14,14 @@ from mnemic.models.memory.pipeline import MemoryPipeline
 from mnemic.models.memory.syntax import Lines
 from mnemic.train.data.memory.episode import EpisodeRow, Question
 from mnemic.train.data.memory.kvstream import episode
-from mnemic.train.data.memory.operations_rows import STREAM, operation_rows, split_rows
+from mnemic.train.data.memory.kvstream_wide import WORDING
+from mnemic.train.data.memory.kvstream_words import NATURAL
+from mnemic.train.data.memory.operations_rows import (
+    STREAM,
+    mixed_rows,
+    operation_rows,
+    split_rows,
+)
 
 ROW = EpisodeRow(
     "r", "test",
@@ -42,16 +49,16 @@ def completions(op: str, row: EpisodeRow = ROW) -> list[str]:
 
 def test_targets_follow_the_steps():
     assert completions(EXTRACT) == [
-        '["anna city rome", "bob pet cat"]', '["anna city rome", "bob pet none"]', "[]",
-        '["anna city oslo", "carl pet cat"]',
+        '["Anna city rome", "Bob pet cat"]', '["Anna city rome", "Bob pet none"]', "[]",
+        '["Anna city oslo", "Carl pet cat"]',
     ]  # fmt: skip
     assert completions(UPDATE) == [
-        "+ anna city rome\n+ bob pet cat", "- m1", "= m0 anna city oslo\n+ carl pet cat",
+        "+ Anna city rome\n+ Bob pet cat", "- m1", "= m0 Anna city oslo\n+ Carl pet cat",
     ]  # fmt: skip
     assert completions(GENERATE) == ["oslo", "none", "cat"]
     rows = list(operation_rows(ROW, UPDATE, vary=False))
     assert (
-        "m0 anna city rome\nm1 bob pet cat\nNew facts:\n- anna city rome\n- bob pet none"
+        "m0 Anna city rome\nm1 Bob pet cat\nNew facts:\n- Anna city rome\n- Bob pet none"
         in (rows[1]["prompt"][0]["content"])
     )
     assert all(row["operation"] == UPDATE for row in rows)
@@ -94,7 +101,7 @@ def test_the_pipeline_asks_exactly_these_prompts_and_gold_makes_it_right():
         held = {}
         for step in (step for steps in row.gold for step in steps):
             if step["op"] in ("insert", "update"):
-                held[step["key"]] = step["content"]
+                held[step["key"]] = step["content"].capitalize()
             elif step["op"] == "delete":
                 del held[step["key"]]
         assert sorted(held.values()) == sorted(e.content for e in pipeline.store.entries())
@@ -139,8 +146,36 @@ def test_what_cannot_be_made_is_said():
         list(operation_rows(EpisodeRow("x", "t", ("a",), ()), EXTRACT))
     from dataclasses import replace
 
-    with pytest.raises(ValueError, match="only natural streams"):
+    with pytest.raises(ValueError, match="only natural and wide streams"):
         list(split_rows(EXTRACT, "heldout", 5, stream=replace(STREAM, style="plain")))
     small = replace(STREAM, n_entities=1, n_attributes=1, n_chunks=1, questions=1)
     with pytest.raises(ValueError, match="different prompts of mem_generate"):
         list(split_rows(GENERATE, "heldout", 10**4, stream=small))
+
+
+def test_wide_training_words_are_many_and_none_is_held_out():
+    held, trained = set(), set()
+    for split, found in (("heldout", held), ("train", trained)):
+        for index in range(60):
+            row = episode(STREAM, split, index)
+            for step in (step for steps in row.gold for step in steps):
+                if "content" in step and step["op"] != "noise":
+                    entity, _, value = step["content"].split()
+                    found |= {entity, value}
+                elif step["op"] == "noise":
+                    found.add(step["content"])
+    assert len(trained) > 4 * len(held) and not trained & held
+
+
+@pytest.mark.parametrize("kind", ["states", "changes", "retracts"])
+def test_wide_sentences_are_others_than_the_held_out_ones(kind):
+    for attribute, held in getattr(NATURAL["heldout"], kind).items():
+        trained = getattr(WORDING, kind)[attribute]
+        assert len(set(trained)) == len(trained) and not set(held) & set(trained)
+        assert all("{e}" in text and "{v}" in text for text in trained) or attribute == "label"
+
+
+def test_rows_of_several_operations_take_turns():
+    rows = mixed_rows([UPDATE, EXTRACT], "train", 3)
+    assert [row["operation"] for row in rows] == [UPDATE, EXTRACT] * 3
+    assert rows[1::2] == list(split_rows(EXTRACT, "train", 3))

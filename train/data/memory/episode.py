@@ -41,9 +41,11 @@ class EpisodeRow:
     """A name of `mnemic.models.memory.metrics.METRICS`."""
     gold: tuple[tuple[dict[str, Any], ...], ...] = ()
     """The right memory operations by chunk, where the data knows them."""
+    facts: tuple[tuple[str, ...], ...] = ()
+    """What is worth remembering of each chunk, as sentences, where the data tells."""
 
 
-_ROW = ("id", "source", "chunks", "questions", "metric", "gold")
+_ROW = ("id", "source", "chunks", "questions", "metric", "gold", "facts")
 _STEPS = {
     "insert": ("key", "content"), "update": ("key", "content"), "delete": ("key",),
     "repeat": ("key",), "noise": ("content",),
@@ -77,6 +79,7 @@ def as_episode(fields: dict[str, Any]) -> EpisodeRow:
         ),
         metric=metric,
         gold=_gold(fields.get("gold", []), len(chunks)),
+        facts=_facts(fields.get("facts", []), len(chunks)),
     )
 
 
@@ -106,6 +109,8 @@ def to_row(episode: EpisodeRow) -> dict[str, Any]:
     }
     if episode.gold:
         fields["gold"] = [list(operations) for operations in episode.gold]
+    if episode.facts:
+        fields["facts"] = [list(facts) for facts in episode.facts]
     return fields
 
 
@@ -157,6 +162,17 @@ def _gold(value: Any, num_chunks: int) -> tuple[tuple[dict[str, Any], ...], ...]
                     "the strings key (but noise) and content (insert, update, noise)"
                 )
     return tuple(tuple(operations) for operations in value)
+
+
+def _facts(value: Any, num_chunks: int) -> tuple[tuple[str, ...], ...]:
+    if not isinstance(value, list):
+        raise FormatError(f"facts: {_shown(value)}; needs a list of texts for each chunk")
+    if value and len(value) != num_chunks:
+        raise FormatError(
+            f"facts: {len(value)} lists for {num_chunks} chunks; needs one a chunk, an empty one "
+            "where nothing is worth remembering"
+        )
+    return tuple(_texts(own, f"facts[{index}]", empty=True) for index, own in enumerate(value))
 
 
 def _keys(fields: Any, allowed: tuple[str, ...], needed: tuple[str, ...], where: str) -> None:

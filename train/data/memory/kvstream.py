@@ -4,13 +4,14 @@ asked for.
 Each event is a line: a new fact (`anna city rome`), an update, a retraction, a repetition, or small
 talk. Gold operations, answers and superseded values come with every episode, so rewards, operation
 scores and staleness are exact and need no judge. `style: natural` says the same in sentences, with
-names, values and templates that the two splits do not share.
+names, values and templates that the two splits do not share; `wide` has more of them for training.
 """
 
 import random
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
+from mnemic.train.data.memory import kvstream_wide as wide_words
 from mnemic.train.data.memory.episode import EpisodeRow, Question
 from mnemic.train.data.memory.kvstream_words import (
     ATTRIBUTES,
@@ -49,7 +50,8 @@ class KvStream:
     """Weights of question types: current (never changed), updated, abstain (ended, or never said),
     previous, count, same (2-hop).
     """
-    style: Literal["plain", "natural"] = "plain"
+    style: Literal["plain", "natural", "wide"] = "plain"
+    """wide: natural, with many more words and sentences in training (kvstream_wide.py)."""
     family: Literal["facts", "labels"] = "facts"
     """labels: classes and their numbers, repeated often, as in test-time learning."""
     dates: bool = False
@@ -85,7 +87,10 @@ def episode(config: KvStream, split: str, index: int, seed: int = 0) -> EpisodeR
     """Episode `index` of a split: a function of its arguments."""
     draw = random.Random(f"kvstream {split} {seed} {index}")
     entities, values = _draw_vocabulary(config, split, draw)
-    wording = NATURAL[split] if config.style == "natural" else Wording()
+    wide = config.style == "wide" and split == "train"
+    wording = (
+        Wording() if config.style == "plain" else wide_words.WORDING if wide else NATURAL[split]
+    )
     world = _World()
     chunks, gold = [], []
     for number in range(config.n_chunks):
@@ -111,15 +116,23 @@ def _draw_vocabulary(
     if config.family == "labels":
         entities = draw.sample(CLASSES, min(config.n_entities, len(CLASSES)))
         return entities, {"label": [str(n) for n in range(max(2, config.n_values))]}
-    natural = config.style == "natural"
+    natural = config.style != "plain"
+    wide = config.style == "wide" and split == "train"
     names = NAMES if not natural else [n for i, n in enumerate(NAMES) if _own(i, split)]
-    entities = draw.sample(names, min(config.n_entities, len(names)))
+    if wide:
+        entities = wide_words.names(names, config.n_entities, draw)
+    else:
+        entities = draw.sample(names, min(config.n_entities, len(names)))
     chosen = list(ATTRIBUTES)[: config.n_attributes]
     values = {}
     for attribute in chosen:
         pool = ATTRIBUTES[attribute]
         pool = pool if not natural else [v for i, v in enumerate(pool) if _own(i, split)]
-        values[attribute] = pool[: config.n_values]
+        values[attribute] = (
+            wide_words.values(pool, attribute, config.n_values, draw)
+            if wide
+            else pool[: config.n_values]
+        )
     return entities, values
 
 
@@ -134,6 +147,8 @@ def _event(
 ) -> tuple[str, dict[str, Any]]:  # fmt: skip
     if draw.random() < config.p_noise:
         pool = [t for i, t in enumerate(SMALL_TALK) if _own(i, split) or config.style == "plain"]
+        if config.style == "wide" and split == "train":
+            pool += wide_words.SMALL_TALK
         text = draw.choice(pool)
         return text, {"op": "noise", "content": text}
     changeable = [f for f in world.now if number - world.written[f] >= config.gap]

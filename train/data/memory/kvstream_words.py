@@ -4,46 +4,47 @@ import random
 from dataclasses import dataclass
 
 
-def _items(text: str) -> list[str]:
+def words_of(text: str) -> list[str]:
+    """The items of a list with commas."""
     return [item.strip() for item in text.split(",")]
 
 
-NAMES = _items(
+NAMES = words_of(
     "anna, bob, carl, dana, emil, fay, gus, hana, ivo, jan, kim, leo, mia, nils, olga, pat, quin, "
     "rosa, sam, tess, uma, vera, wim, xena, yara, zack, alma, boris, cleo, dirk, edda, finn, gita, "
     "hugo, ines, joel, kara, lars, maja, noel"
 )
 ATTRIBUTES = {
-    "city": _items(
+    "city": words_of(
         "rome, oslo, paris, lima, cairo, delhi, tokyo, berlin, quito, dakar, perth, malmo, turin, "
         "accra, hanoi, boston, porto, kyoto, riga, tunis"
     ),
-    "pet": _items(
+    "pet": words_of(
         "cat, dog, fish, bird, horse, snake, rabbit, turtle, mouse, goat, parrot, ferret, pony, "
         "gecko, hen, lizard, duck, frog, crab, sheep"
     ),
-    "job": _items(
+    "job": words_of(
         "cook, nurse, baker, pilot, judge, actor, farmer, driver, teacher, tailor, lawyer, doctor, "
         "painter, singer, miner, editor, plumber, sailor, writer, guard"
     ),
-    "food": _items(
+    "food": words_of(
         "soup, rice, bread, pizza, salad, pasta, sushi, curry, tacos, beans, cheese, apples, stew, "
         "noodles, olives, eggs, figs, plums, corn, pie"
     ),
-    "sport": _items(
+    "sport": words_of(
         "tennis, golf, rugby, chess, judo, boxing, hockey, skiing, rowing, diving, cycling, "
         "polo, karate, surfing, darts, squash, fencing, archery, curling, sailing"
     ),
-    "color": _items(
+    "color": words_of(
         "red, blue, green, black, white, pink, gray, brown, teal, gold, purple, orange, beige, "
         "navy, silver, violet, amber, coral, lime, ivory"
     ),
 }
-CLASSES = _items(
+CLASSES = words_of(
     "weather, refund, transfer, login, billing, delivery, warranty, booking, travel, music, alarm, "
     "news, recipe, traffic, stocks, games"
 )
-SMALL_TALK = _items(
+SMALL_TALK = words_of(
     "it rained all day, the bus was late, what a long week, see you soon, thanks a lot, good "
     "morning all, the tea is cold, nice to hear it, let us talk later, that made me laugh, the "
     "train was full, so many emails today, sorry for the delay, the sun is out, hope you are well, "

@@ -40,8 +40,9 @@ def locomo(
 
     A chunk is a session, cut between turns into pieces of at most `chunk_chars` characters, each
     beginning with its date line. A picture stands as its caption. Evidence that names no turn of
-    the conversation (the file has a few) is left out. Adversarial questions have the gold `none`;
-    their `adversarial_answer`, which holds of the other speaker, is in `stale`.
+    the conversation (the file has a few) is left out. `facts` are the observations, each with the
+    first chunk that holds a turn it names. Adversarial questions have the gold `none`; their
+    `adversarial_answer`, which holds of the other speaker, is in `stale`.
 
     Args:
         conversations: positions in the file, such as `range(6)`; None for all.
@@ -81,7 +82,29 @@ def _episode(record: dict[str, Any], where: str, chunk_chars: int) -> EpisodeRow
         _question(qa, f"{where}, question {index}", places)
         for index, qa in enumerate(get(record, "qa", list, where))
     ]
-    return EpisodeRow(name, "locomo", tuple(chunks), tuple(questions), metric="locomo")
+    facts = _observations(record.get("observation") or {}, f"{where}, observation", places)
+    by_chunk = tuple(tuple(facts.get(index, ())) for index in range(len(chunks)))
+    return EpisodeRow(
+        name, "locomo", tuple(chunks), tuple(questions), metric="locomo",
+        facts=by_chunk if facts else (),
+    )  # fmt: skip
+
+
+def _observations(
+    found: Any, where: str, places: dict[tuple[int, int], list[int]]
+) -> dict[int, list[str]]:
+    """Facts by chunk; one that names no turn of the conversation is left out."""
+    facts: dict[int, list[str]] = {}
+    for key in found if isinstance(found, dict) else ():
+        for speaker in get(found, key, dict, where):
+            for item in get(found[key], speaker, list, f"{where}.{key}"):
+                if not (isinstance(item, list) and len(item) == 2 and isinstance(item[0], str)):
+                    raise FormatError(f"{where}.{key}: {item!r}; needs [text, dialogue id]")
+                named = item[1] if isinstance(item[1], list) else [item[1]]
+                held = [i for d in named for k in _dialogs(str(d)) for i in places.get(k, ())]
+                if held and item[0].strip():
+                    facts.setdefault(min(held), []).append(item[0].strip())
+    return facts
 
 
 def _chunks(

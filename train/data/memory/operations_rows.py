@@ -1,7 +1,7 @@
 """Gold rows of the three memory operations from generated streams: what each expert should write.
 
 Extraction is a function of the chunk alone: for each thing it speaks of, where it leaves it, as
-`anna city rome`, or `anna city none` where it ended. The update sees what the pipeline would show
+`Anna city rome`, or `Anna city none` where it ended. The update sees what the pipeline would show
 (the same search, the same order) and writes the changed entries only. Answers come from what is
 retrieved: `none` where that does not tell. Prompts and targets are those of op_prompts.py.
 """
@@ -34,10 +34,10 @@ from mnemic.train.data.memory.kvstream import KvStream, Split, episode
 
 STREAM = KvStream(
     n_chunks=6, n_attributes=6, n_values=20, p_update=0.3, p_delete=0.15, p_repeat=0.1,
-    style="natural",
+    style="wide",
 )  # fmt: skip
 GONE = "none"
-_ASKED = ("current", "updated", "abstain")
+ASKED = ("current", "updated", "abstain")
 """Question types that entries can answer; the others ask for what an update overwrote."""
 
 
@@ -55,13 +55,11 @@ def operation_rows(
         raise ValueError(f"{row.id}: has no gold operations, and rows of {op} are made from them")
     draw = random.Random(f"operations {op} {seed} {row.id}")
     store = make_store("flat")
-    held: dict[str, str] = {}
 
     def size(most: int) -> int:
         return draw.randint((most + 1) // 2, most) if vary else most
 
-    for turn, (chunk, steps) in enumerate(zip(row.chunks, row.gold, strict=True)):
-        facts = _facts(steps, held)
+    for turn, (chunk, facts) in enumerate(zip(row.chunks, facts_by_chunk(row), strict=True)):
         if op == EXTRACT:
             yield _row(op, extract_messages(chunk), write_facts(list(facts.values())))
         if not facts:
@@ -69,18 +67,18 @@ def operation_rows(
         if op == UPDATE:
             shown = by_id(related(store, list(facts.values()), size(k)))
             prompt = update_messages([entry.text for entry in shown], list(facts.values()))
-            yield _row(op, prompt, _target(facts, shown))
+            yield _row(op, prompt, update_target(facts, shown))
         store.turn = turn
         # By all entries: one that the search missed must not stay in a memory that is right.
         entries = store.entries()
-        result = apply_update(store, _target(facts, entries), entries)
+        result = apply_update(store, update_target(facts, entries), entries)
         assert not result.errors, (row.id, result.errors)
     if op == GENERATE:
         for question in row.questions:
-            if question.type in _ASKED:
+            if question.type in ASKED:
                 memories = store.search(question.q, size(answer_k))[::-1]
                 prompt = generate_messages([entry.text for entry in memories], question.q)
-                yield _row(op, prompt, _answer(question.q, question.answers[0], memories))
+                yield _row(op, prompt, answer_of(question.q, question.answers[0], memories))
 
 
 def split_rows(
@@ -90,10 +88,10 @@ def split_rows(
     no name, value or template, so none of the prompts either.
 
     Raises:
-        ValueError: the stream is not `natural`, or has too few different prompts.
+        ValueError: the stream is `plain`, or has too few different prompts.
     """
-    if stream.style != "natural":
-        raise ValueError(f"style {stream.style!r}: only natural streams have a held-out split")
+    if stream.style == "plain":
+        raise ValueError("style 'plain': only natural and wide streams have a held-out split")
     seen: set[str] = set()
     last = 0
     for index in count():
@@ -115,25 +113,43 @@ def split_rows(
             )
 
 
-def _facts(steps: Sequence[dict[str, Any]], held: dict[str, str]) -> dict[str, str]:
-    """What a chunk says, by key, as it leaves it, in the order of last mention; `held` (key ->
-    content) goes on from it.
+def mixed_rows(
+    ops: Sequence[str], split: Split, size: int, *, stream: KvStream = STREAM, seed: int = 0
+) -> list[dict[str, Any]]:
+    """`size` rows of each operation, one of each in turn; errors as `split_rows`."""
+    made = [split_rows(op, split, size, stream=stream, seed=seed) for op in ops]
+    return [row for several in zip(*made, strict=True) for row in several]
+
+
+def facts_by_chunk(row: EpisodeRow) -> list[dict[str, str]]:
+    """What each chunk says, by key, as it leaves it, in the order of last mention: `Anna city
+    rome`, the name written as it is in the text.
     """
-    facts: dict[str, str] = {}
-    for step in steps:
-        kind, key = step["op"], step.get("key", "")
-        if kind == "noise":
-            continue
-        if kind == "delete":
-            held.pop(key, None)
-        elif kind != "repeat":
-            held[key] = step["content"]
-        facts.pop(key, None)
-        facts[key] = held.get(key, f"{key} {GONE}")
-    return facts
+    held: dict[str, str] = {}
+    found = []
+    for chunk, steps in zip(row.chunks, row.gold, strict=True):
+        facts: dict[str, str] = {}
+        for step in steps:
+            kind, key = step["op"], _as_said(step.get("key", ""), chunk)
+            if kind == "noise":
+                continue
+            if kind == "delete":
+                held.pop(key, None)
+            elif kind != "repeat":
+                held[key] = f"{key}{step['content'][len(key) :]}"
+            facts.pop(key, None)
+            facts[key] = held.get(key, f"{key} {GONE}")
+        found.append(facts)
+    return found
 
 
-def _target(facts: dict[str, str], shown: Sequence[Entry]) -> str:
+def _as_said(key: str, chunk: str) -> str:
+    """To write a name otherwise than it stands there is to spell it, which is another skill."""
+    name = key.split(" ")[0]
+    return key.replace(name, name.capitalize(), 1) if name.capitalize() in chunk else key
+
+
+def update_target(facts: dict[str, str], shown: Sequence[Entry]) -> str:
     """The lines that bring `shown` (numbered m0, m1, ...) up to date."""
     calls: list[Call] = []
     for key, content in facts.items():
@@ -147,7 +163,7 @@ def _target(facts: dict[str, str], shown: Sequence[Entry]) -> str:
     return Lines().write(calls or [Noop()])
 
 
-def _answer(question: str, gold: str, memories: Sequence[Entry]) -> str:
+def answer_of(question: str, gold: str, memories: Sequence[Entry]) -> str:
     """`gold` where a memory says it of what is asked for."""
     asked = set(words(question))
     for entry in memories:

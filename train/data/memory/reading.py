@@ -24,6 +24,7 @@ MIN_CHUNK = 200
 
 _BLOCK = 1 << 20
 _BETWEEN = re.compile(r"[\s,]*")
+_DATE = re.compile(r"Date: ([^\n]+)\n")
 _SENTENCE_END = re.compile(r"[.!?][\"')\]]*(?=\s)|\n")
 
 
@@ -174,6 +175,12 @@ def turn_chunks(date: str, turns: Iterable[str], limit: int) -> tuple[list[str],
             held += 1 + len(piece)
             places[-1].append(len(chunks) - 1)
     return ["\n".join(lines) for lines in chunks], places
+
+
+def dated(chunk: str) -> tuple[str | None, str]:
+    """The date and the text of a chunk that begins with a date line, as `turn_chunks` writes it."""
+    match = _DATE.match(chunk)
+    return (match[1].strip(), chunk[match.end() :]) if match else (None, chunk)
 
 
 def check_chunk_chars(chunk_chars: int) -> None:
