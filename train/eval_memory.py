@@ -51,6 +51,15 @@ class Request:
 
 def eval_memory(args: Namespace) -> int:
     """The command; its report goes to standard output and to --json and --plot."""
+    from mnemic.train.eval_bank import is_bank
+
+    if is_bank(args.target):
+        from mnemic.train.eval_pipeline import eval_pipeline
+
+        return eval_pipeline(args)
+    from mnemic.train.eval_pipeline import refuse_options
+
+    refuse_options(args)
     request, notes = check(args)
     for file in filter(None, (args.json, args.plot)):
         if not Path(file).resolve().parent.is_dir():

@@ -101,7 +101,7 @@ def open_target(name: str, overrides: list[str]) -> Target:
     tokenizer = build_tokenizer(recipe)
     model = build_model(recipe, tokenizer).eval()
     return Target(
-        f"{recipe.name}, untrained", _placed(model), tokenizer, memory, _stream(recipe),
+        f"{recipe.name}, untrained", placed(model), tokenizer, memory, _stream(recipe),
         _answerer(recipe), _cache(),
     )  # fmt: skip
 
@@ -121,7 +121,7 @@ def _of_run(name: str, overrides: list[str]) -> Target:
     else:
         model, tokenizer, _ = load_run(name)
     return Target(
-        recipe.name, _placed(model), tokenizer, memory, stream, _answerer(recipe), folder.path
+        recipe.name, placed(model), tokenizer, memory, stream, _answerer(recipe), folder.path
     )
 
 
@@ -196,7 +196,7 @@ def _cache() -> Path:
     return cache_root()
 
 
-def _placed(model: Any) -> Any:
+def placed(model: Any) -> Any:
     """On the accelerator where there is one; a streamed model stays where it is."""
     import torch
 

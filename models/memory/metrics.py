@@ -1,5 +1,5 @@
 """How an answer is scored against its golds: exact match, F1, substring, keywords, numbers,
-ROUGE-L and LoCoMo's F1. Standard library only; every score lies in 0 to 1.
+ROUGE-L, METEOR and LoCoMo's F1. Standard library only; every score lies in 0 to 1.
 
 Texts are compared in SQuAD's normal form (lower case, no punctuation, no articles). Three things
 differ from the usual scripts:
@@ -101,6 +101,27 @@ def rouge_l(prediction: str, golds: Sequence[str]) -> float:
     return _best(measure, prediction, golds)
 
 
+def meteor(prediction: str, golds: Sequence[str]) -> float:
+    """METEOR (Banerjee and Lavie 2005) over lower-case words, without its stems and synonyms.
+
+    With m matched words in c chunks (runs in the same order on both sides), P = m / |said| and
+    R = m / |wanted|: 10PR / (R + 9P) * (1 - 0.5 (c / m)^3). The right answer of one word thus
+    scores 0.5, one of three words 0.98. The fewest chunks are looked for by taking the longest run
+    first, which seldom finds one more than there need be.
+    """
+
+    def measure(answer: str, gold: str) -> float:
+        said, wanted = re.findall(r"\w+", answer.lower()), re.findall(r"\w+", gold.lower())
+        matches, chunks = _runs(said, wanted)
+        if not matches:
+            return 0.0
+        precision, recall = matches / len(said), matches / len(wanted)
+        mean = 10 * precision * recall / (recall + 9 * precision)
+        return mean * (1 - 0.5 * (chunks / matches) ** 3)
+
+    return _best(measure, prediction, golds)
+
+
 def locomo(prediction: str, golds: Sequence[str], type: str = "") -> float:
     """LoCoMo's F1 for one question of the given type (snap-research/locomo, evaluation.py).
 
@@ -126,6 +147,7 @@ METRICS: dict[str, Metric] = {
     "keyword_hit": keyword_hit,
     "number": number_match,
     "rouge_l": rouge_l,
+    "meteor": meteor,
     "locomo": locomo,
 }
 """What `metric` of an episode may be. Each takes the answer and all golds; the best gold counts."""
@@ -159,6 +181,29 @@ def lcs(left: Sequence[str], right: Sequence[str]) -> int:
         both = row & places.get(word, 0)
         row = (row + both | row - both) & full
     return len(right) - row.bit_count()
+
+
+def _runs(left: Sequence[str], right: Sequence[str]) -> tuple[int, int]:
+    """(words, runs) of a one-to-one alignment of equal words: as many words as there are."""
+    free_left, free_right = [True] * len(left), [True] * len(right)
+    matches = runs = 0
+    while True:
+        best, at = 0, (0, 0)
+        # row[j]: length of the common run of free words that ends before left[i] and right[j].
+        row = [0] * (len(right) + 1)
+        for i, word in enumerate(left):
+            new = [0] * (len(right) + 1)
+            for j, other in enumerate(right):
+                if word == other and free_left[i] and free_right[j]:
+                    new[j + 1] = row[j] + 1
+                    if new[j + 1] > best:
+                        best, at = new[j + 1], (i + 1, j + 1)
+            row = new
+        if not best:
+            return matches, runs
+        for back in range(1, best + 1):
+            free_left[at[0] - back] = free_right[at[1] - back] = False
+        matches, runs = matches + best, runs + 1
 
 
 def _best(one: Callable[[str, str], float], prediction: str, golds: Sequence[str]) -> float:

@@ -57,7 +57,8 @@ class StageStats:
 @dataclass(frozen=True, slots=True)
 class Retained:
     """What became of one chunk: the model's texts, the facts read from the first, the entries shown
-    beside them, and each operation of the second with what it changed.
+    beside them, and each operation of the second with what it changed. `chunk` is the part that was
+    read, of the chunk at position `index` of those given.
     """
 
     chunk: str
@@ -67,6 +68,18 @@ class Retained:
     updated: str
     applied: list[Applied]
     changes: list[Change]
+    index: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """A part of a chunk after extraction."""
+
+    index: int
+    chunk: str
+    date: str | None
+    extracted: str
+    facts: list[str]
 
 
 class MemoryPipeline:
@@ -112,18 +125,7 @@ class MemoryPipeline:
         one is too long for the model. All chunks are read in batches, since extraction knows no
         memory; the updates follow one by one, each on the memory that the one before left.
         """
-        dates = [None] * len(chunks) if dates is None else dates
-        parts = [
-            (part, date) for chunk, date in zip(chunks, dates, strict=True)
-            for part in self._parts(chunk, date)
-        ]  # fmt: skip
-        replies = self._write(EXTRACT, [extract_messages(part, date) for part, date in parts])
-        found = []
-        for (part, date), reply in zip(parts, replies, strict=True):
-            facts, error = parse_facts(reply.text)
-            self._count(EXTRACT, error if error is None or not reply.cut else "cut off")
-            found.append(self._update(part, date, reply.text, facts))
-        return found
+        return retain_many([self], [chunks], [dates])[0]
 
     def recall(self, query: str, k: int | None = None) -> list[Entry]:
         """Entries that the store's search finds for `query`, best first. Runs no model."""
@@ -137,37 +139,35 @@ class MemoryPipeline:
             prompts.append(self._fit(
                 GENERATE, texts, lambda kept, q=question: generate_messages(kept[::-1], q)
             )[1])  # fmt: skip
-        answers = [first_line(reply.text) for reply in self._write(GENERATE, prompts)]
+        replies = _write([self], GENERATE, [prompts])[0]
+        answers = [first_line(reply.text) for reply in replies]
         for answer in answers:
             self._count(GENERATE, None if answer else "the answer is empty")
         return answers
 
-    def _update(self, chunk: str, date: str | None, extracted: str, facts: list[str]) -> Retained:
+    def _prepare(self, facts: list[str]) -> tuple[list[Entry], Messages] | None:
+        """The entries beside the next chunk's facts, in the prompt's order, and the prompt; None
+        where there is nothing to update by.
+        """
         self.store.turn = self._turn
         self._turn += 1
         if not facts:
-            return Retained(chunk, extracted, [], [], "", [], [])
+            return None
         found = related(self.store, facts, self.k)
         shown, prompt = self._fit(
             UPDATE, found, lambda kept: update_messages([e.text for e in by_id(kept)], facts)
         )
-        shown = by_id(shown)
-        (reply,) = self._write(UPDATE, [prompt])
-        result = apply_update(self.store, reply.text, shown, time=date, cut=reply.cut)
+        return by_id(shown), prompt
+
+    def _finish(self, read: _Read, shown: list[Entry], reply: Reply) -> Retained:
+        """Carry out the reply to what `_prepare` made for the same chunk."""
+        result = apply_update(self.store, reply.text, shown, time=read.date, cut=reply.cut)
         for error in result.errors:
             self._count(UPDATE, error)
         return Retained(
-            chunk, extracted, facts, shown, reply.text, result.applied, result.changes
+            read.chunk, read.extracted, read.facts, shown, reply.text, result.applied,
+            result.changes, read.index,
         )  # fmt: skip
-
-    def _write(self, operation: str, prompts: list[Messages]) -> list[Reply]:
-        stats, start = self.stats[operation], time.perf_counter()
-        replies = self.writer.write(operation, prompts)
-        stats.seconds += time.perf_counter() - start
-        stats.calls += len(prompts)
-        stats.prompt_tokens += sum(reply.prompt_tokens for reply in replies)
-        stats.new_tokens += sum(reply.new_tokens for reply in replies)
-        return replies
 
     def _count(self, operation: str, error: str | None) -> None:
         if error is not None:
@@ -196,6 +196,87 @@ class MemoryPipeline:
         if self.tokenizer is None:
             return self.store.count(text)
         return len(self.tokenizer(text, add_special_tokens=False).input_ids)
+
+
+def retain_many(
+    pipelines: Sequence[MemoryPipeline],
+    chunks: Sequence[Sequence[str]],
+    dates: Sequence[Sequence[str | None] | None] | None = None,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[list[Retained]]:
+    """What `retain` gives for each pipeline and its stream of chunks, the streams side by side:
+    extraction in one go over all of them, then the next update of every stream as one batch.
+    `progress` is called with (rounds of updates done, all rounds).
+
+    Raises:
+        ValueError: the pipelines have several writers, or one memory.
+    """
+    if len({id(p.writer) for p in pipelines}) > 1:
+        raise ValueError("streams side by side need one writer: give it to all pipelines")
+    if len({id(p.store) for p in pipelines}) < len(pipelines):
+        raise ValueError("two streams write one memory; give each pipeline its own store")
+    dates = [None] * len(chunks) if dates is None else dates
+    parts = [
+        [
+            (index, part, date)
+            for index, (chunk, date) in enumerate(zip(own, said or [None] * len(own), strict=True))
+            for part in pipeline._parts(chunk, date)
+        ]
+        for pipeline, own, said in zip(pipelines, chunks, dates, strict=True)
+    ]
+    prompts = [[extract_messages(part, date) for _, part, date in own] for own in parts]
+    read: list[list[_Read]] = []
+    for pipeline, own, replies in zip(
+        pipelines, parts, _write(pipelines, EXTRACT, prompts), strict=True
+    ):
+        read.append([])
+        for (index, part, date), reply in zip(own, replies, strict=True):
+            facts, error = parse_facts(reply.text)
+            pipeline._count(EXTRACT, error if error is None or not reply.cut else "cut off")
+            read[-1].append(_Read(index, part, date, reply.text, facts))
+    found: list[list[Retained]] = [[] for _ in pipelines]
+    rounds = max(map(len, read), default=0)
+    for turn in range(rounds):
+        ready = [
+            pipeline._prepare(own[turn].facts) if turn < len(own) else None
+            for pipeline, own in zip(pipelines, read, strict=True)
+        ]
+        asked = [[one[1]] if one else [] for one in ready]
+        replies = _write(pipelines, UPDATE, asked)
+        for i, one in enumerate(ready):
+            if one:
+                found[i].append(pipelines[i]._finish(read[i][turn], one[0], replies[i][0]))
+            elif turn < len(read[i]):
+                empty = read[i][turn]
+                found[i].append(
+                    Retained(empty.chunk, empty.extracted, [], [], "", [], [], empty.index)
+                )
+        if progress is not None:
+            progress(turn + 1, rounds)
+    return found
+
+
+def _write(
+    pipelines: Sequence[MemoryPipeline], operation: str, prompts: Sequence[list[Messages]]
+) -> list[list[Reply]]:
+    """The replies to each pipeline's prompts, written as one list by their common writer. Each
+    pipeline is charged its share of the seconds, by its number of calls.
+    """
+    flat = [prompt for own in prompts for prompt in own]
+    if not flat:
+        return [[] for _ in prompts]
+    start = time.perf_counter()
+    replies = iter(pipelines[0].writer.write(operation, flat))
+    seconds = time.perf_counter() - start
+    found = [[next(replies) for _ in own] for own in prompts]
+    for pipeline, own in zip(pipelines, found, strict=True):
+        stats = pipeline.stats[operation]
+        stats.calls += len(own)
+        stats.seconds += seconds * len(own) / len(flat)
+        stats.prompt_tokens += sum(reply.prompt_tokens for reply in own)
+        stats.new_tokens += sum(reply.new_tokens for reply in own)
+    return found
 
 
 def related(store: Memory, facts: Sequence[str], k: int) -> list[Entry]:

@@ -114,7 +114,8 @@ def show(report: Report) -> None:
         console.print(f"- {note}", soft_wrap=True)
 
 
-def _table(*columns: str) -> Any:
+def plain_table(*columns: str) -> Any:
+    """A rich table, its first column on the left, the others' numbers on the right."""
     from rich import box
     from rich.table import Table
 
@@ -125,7 +126,7 @@ def _table(*columns: str) -> Any:
 
 
 def _accuracy_table(rows: dict[str, dict[str, Any]]) -> Any:
-    table = _table(
+    table = plain_table(
         "", "accuracy", "95 %", "F1", "EM", "stale", "tokens", "compression", "entries"
     )  # fmt: skip
     for name, row in rows.items():
@@ -140,16 +141,16 @@ def _accuracy_table(rows: dict[str, dict[str, Any]]) -> Any:
 
 def _type_table(rows: dict[str, dict[str, Any]]) -> Any:
     """Accuracy by question type."""
-    table = _table("accuracy by type", "questions", *rows)
+    table = plain_table("accuracy by type", "questions", *rows)
     for kind, own in rows["manager"]["by_type"].items():
         cells = [f"{row['by_type'][kind]['accuracy']:.3f}" for row in rows.values()]
-        table.add_row(_safe(kind), str(own["questions"]), *cells)
+        table.add_row(printable(kind), str(own["questions"]), *cells)
     return table
 
 
 def _length_table(report: Report) -> Any:
     names = list(report.at(1))
-    table = _table("r1 by length", "episodes", *names)
+    table = plain_table("r1 by length", "episodes", *names)
     for length in report.lengths():
         rows = report.at(length)
         cells = [f"{rows[name]['r1']:.3f}" if name in rows else "-" for name in names]
@@ -157,8 +158,8 @@ def _length_table(report: Report) -> Any:
     return table
 
 
-def _safe(text: str) -> str:
-    # Types are a file's own words: no control character of theirs reaches the terminal.
+def printable(text: str) -> str:
+    """Types are a file's own words: no control character of theirs reaches the terminal."""
     return "".join(c if c.isprintable() else "\ufffd" for c in text)
 
 

@@ -42,6 +42,15 @@ from mnemic.models.memory.metrics import METRICS, abstains, lcs, score
         ("rouge_l", "police ended the gunman", ["police killed the gunman"], 0.75),
         ("rouge_l", "the gunman killed police", ["police killed the gunman"], 0.5),
         ("rouge_l", "", ["x"], 0),
+        # Six words in one run: 1 - 0.5 / 6^3. In three ("on the mat", "the cat", "sat"): 1 - 1/16.
+        ("meteor", "The cat sat on the mat.", ["the cat sat on the mat"], 1 - 0.5 / 216),
+        ("meteor", "on the mat sat the cat", ["the cat sat on the mat"], 0.9375),
+        # P 1, R 2/3: Fmean (20/3) / (29/3); one run of two words: 1 - 1/16.
+        ("meteor", "the cat", ["dog", "the cat sat"], 20 / 29 * 0.9375),
+        # P 1/2, R 1: Fmean 5 / 5.5; a single word is a run of its own: 1 - 0.5.
+        ("meteor", "in Rome", ["rome"], 5 / 5.5 * 0.5),
+        ("meteor", "red red", ["red"], 5 / 5.5 * 0.5),
+        ("meteor", "", ["x"], 0),
     ],
 )
 def test_what_an_answer_earns(metric, prediction, golds, expected):
