@@ -8,17 +8,16 @@ import logging
 import math
 import random
 from argparse import Namespace
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from mnemic.train.arguments import numbers, one_of, words
 from mnemic.train.data.memory.episode import EpisodeRow
 from mnemic.train.data.memory.kvstream import KvStream
 from mnemic.train.errors import RecipeError, UserError
 from mnemic.train.eval_target import Target, answerer_of, open_target
-from mnemic.train.recipe.describe import closest
 
 log = logging.getLogger("mnemic")
 
@@ -102,7 +101,7 @@ def check(args: Namespace) -> tuple[Request, list[str]]:
     from mnemic.train.rollout.baselines import BASELINES
 
     notes: list[str] = []
-    suite = _one_of("--suite", args.suite, SUITES)
+    suite = one_of("--suite", args.suite, SUITES)
     if suite == "kvstream" and args.path:
         raise RecipeError("--path: kvstream is generated; give another --suite for a file")
     if suite != "kvstream" and not args.path:
@@ -124,13 +123,13 @@ def check(args: Namespace) -> tuple[Request, list[str]]:
         if args.seeds is not None:
             notes.append(f"--seeds has no effect: {suite} is one list of episodes, read greedily")
         seeds = 1
-    chosen = list(BASELINES) if args.baselines is None else _words(args.baselines)
-    conversations = _numbers("--conversations", args.conversations, 0)
+    chosen = list(BASELINES) if args.baselines is None else words(args.baselines)
+    conversations = numbers("--conversations", args.conversations, 0)
     request = Request(
         suite, args.path, 256 if args.episodes is None else args.episodes,
         [FIRST_SEED + i for i in range(seeds)], conversations or None,
-        sorted(set(_numbers("--lengths", args.lengths, 1))),
-        [_one_of("--baselines", name, BASELINES) for name in chosen],
+        sorted(set(numbers("--lengths", args.lengths, 1))),
+        [one_of("--baselines", name, BASELINES) for name in chosen],
         args.questions, args.chunk,
     )  # fmt: skip
     return request, notes
@@ -158,10 +157,10 @@ def rows_of(request: Request, stream: KvStream, seed: int, count: int) -> list[E
         raise UserError(f"--path: {str(error).removeprefix('data.path: ')}") from None
     if not found:
         raise UserError(f"--path {request.path}: holds no episodes")
-    return [_fewer(row, request.questions) for row in found]
+    return [fewer(row, request.questions) for row in found]
 
 
-def _fewer(row: EpisodeRow, count: int | None) -> EpisodeRow:
+def fewer(row: EpisodeRow, count: int | None) -> EpisodeRow:
     """The row with at most `count` of its questions, drawn by its id: the same for all readers."""
     if count is None or len(row.questions) <= count:
         return row
@@ -216,26 +215,3 @@ def _part(
 def _label(part: Any) -> str:
     values = json.loads(part.model_dump_json(include={"kind", "path", "base_url", "model"}))
     return " ".join(str(v) for v in values.values())
-
-
-def _one_of(option: str, name: str, allowed: Sequence[str]) -> str:
-    if name not in allowed:
-        hint = closest(name, allowed)
-        raise RecipeError(f"{option}: {name!r} is not one of {', '.join(allowed)}{hint}")
-    return name
-
-
-def _words(text: str) -> list[str]:
-    return list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
-
-
-def _numbers(option: str, text: str | None, least: int) -> list[int]:
-    if text is None:
-        return []
-    try:
-        found = [int(part) for part in text.split(",")]
-    except ValueError:
-        found = []
-    if not found or min(found) < least:
-        raise RecipeError(f"{option}: {text!r} is not a list of numbers such as 1,2,4")
-    return found

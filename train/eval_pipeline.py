@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from mnemic.models.memory.op_prompts import EXTRACT, GENERATE, OPERATIONS, UPDATE
+from mnemic.train.arguments import numbers, one_of, words
 from mnemic.train.data.memory.episode import EpisodeRow, to_row
 from mnemic.train.errors import RecipeError, UserError
 from mnemic.train.eval_bank import SHARED, BankTarget, Source, find, find_shared, load, need
-from mnemic.train.eval_memory import Request, _numbers, _one_of, _words, check, rows_of
+from mnemic.train.eval_memory import Request, check, rows_of
 
 log = logging.getLogger("mnemic")
 
@@ -97,9 +98,9 @@ def plan_of(args: Namespace) -> tuple[Plan, list[str]]:
         filled["seeds"] = 1
     request, notes = check(Namespace(**{**vars(args), **filled}))
     systems: dict[str, str] = {}
-    for word in _words(args.systems or "experts,base"):
+    for word in words(args.systems or "experts,base"):
         name, _, folder = word.partition("=")
-        _one_of("--systems", name, SYSTEMS)
+        one_of("--systems", name, SYSTEMS)
         if (name == "shared") != bool(folder):
             raise RecipeError(f"--systems: {word!r}; only shared has a folder: shared=FOLDER")
         systems[name] = folder
@@ -114,7 +115,7 @@ def plan_of(args: Namespace) -> tuple[Plan, list[str]]:
             raise RecipeError(f"{name}: must be 1 or more, got {value}")
     new = {**_NEW}
     if args.max_new_tokens:
-        given = _numbers("--max-new-tokens", args.max_new_tokens, 1)
+        given = numbers("--max-new-tokens", args.max_new_tokens, 1)
         if len(given) != len(OPERATIONS):
             raise RecipeError("--max-new-tokens: needs EXTRACT,UPDATE,GENERATE, such as 256,160,24")
         new = {op: count for op, count in zip(OPERATIONS, given, strict=True)}

@@ -1,15 +1,14 @@
 """What `mnemic distill collect` was asked for, checked before anything heavy loads."""
 
 import hashlib
-import random
 from argparse import Namespace
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from mnemic.models.memory.op_prompts import OPERATIONS
+from mnemic.train.arguments import numbers, one_of, words
 from mnemic.train.data.formats import FormatError
 from mnemic.train.data.memory.episode import EpisodeRow
 from mnemic.train.data.memory.kvstream import episode
@@ -18,6 +17,7 @@ from mnemic.train.data.memory.reading import MIN_CHUNK, files
 from mnemic.train.distill.journal import FORMAT
 from mnemic.train.distill.replay import ANSWER_K, K, needed
 from mnemic.train.errors import RecipeError, UserError
+from mnemic.train.eval_memory import fewer
 from mnemic.train.recipe.describe import closest
 
 SUITES = ("kvstream", "locomo", "jsonl")
@@ -80,7 +80,7 @@ class Request:
         twin = next((id for id in ids if ids.count(id) > 1), None)
         if twin is not None:
             raise UserError(f"--path {self.path}: two episodes have the id {twin!r}; name them")
-        return [_fewer(row, self.questions) for row in rows]
+        return [fewer(row, self.questions) for row in rows]
 
     def _load(self, path: str) -> Any:
         from mnemic.train.data.memory.sources import jsonl, locomo
@@ -105,7 +105,7 @@ class Request:
 
 def check(args: Namespace) -> Request:
     """A mistake is a `RecipeError`."""
-    suite = _one_of("--suite", args.suite, SUITES)
+    suite = one_of("--suite", args.suite, SUITES)
     if suite == "kvstream" and args.path:
         raise RecipeError("--path: kvstream is generated; give another --suite for a file")
     if suite != "kvstream" and not args.path:
@@ -131,40 +131,16 @@ def check(args: Namespace) -> Request:
         if value is not None and not fits(value):
             raise RecipeError(f"{name}: must be {fits.__doc__}, got {value:g}")
     given = args.operations if args.operations is not None else ",".join(OPERATIONS)
-    names = [part.strip() for part in given.split(",") if part.strip()]
+    names = words(given)
     if not names:
         raise RecipeError(f"--operations: names none; there are {', '.join(OPERATIONS)}")
-    operations = [_one_of("--operations", name, OPERATIONS) for name in names]
+    operations = [one_of("--operations", name, OPERATIONS) for name in names]
     return Request(
         Path(args.out), args.teacher, args.teacher_model, suite, args.path,
-        _positions(args.conversations), args.episodes, args.seed,
+        numbers("--conversations", args.conversations, 0) or None, args.episodes, args.seed,
         2000 if args.chunk is None else args.chunk, args.questions, needed(operations),
         args.concurrency, args.rate, args.timeout, args.retries, args.retry_failed,
     )  # fmt: skip
-
-
-def _fewer(row: EpisodeRow, count: int | None) -> EpisodeRow:
-    """The row with at most `count` of its questions, drawn by its id, as an evaluation draws."""
-    if count is None or len(row.questions) <= count:
-        return row
-    chosen = sorted(random.Random(row.id).sample(range(len(row.questions)), count))
-    return replace(row, questions=tuple(row.questions[i] for i in chosen))
-
-
-def _one_of(option: str, name: str, allowed: Sequence[str]) -> str:
-    if name not in allowed:
-        hint = closest(name, allowed)
-        raise RecipeError(f"{option}: {name!r} is not one of {', '.join(allowed)}{hint}")
-    return name
-
-
-def _positions(text: str | None) -> list[int] | None:
-    if text is None:
-        return None
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() for part in parts):
-        raise RecipeError(f"--conversations: {text!r} is not a list of positions such as 0,1,2")
-    return [int(part) for part in parts]
 
 
 def _above_zero(value: float) -> bool:
