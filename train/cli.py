@@ -87,6 +87,7 @@ def parser() -> argparse.ArgumentParser:
 
     _add_memory(add)
     _add_distill(add)
+    _add_report(add)
 
     doctor = add("doctor", "tell versions, optional parts, disk speed, and what will not work")
     doctor.add_argument("path", nargs="?", default=".", help="where to measure the disk")
@@ -245,9 +246,43 @@ def _add_distill(add: Callable[[str, str], argparse.ArgumentParser]) -> None:
     )  # fmt: skip
 
 
+def _add_report(add: Callable[[str, str], argparse.ArgumentParser]) -> None:
+    """`report` and `compare`."""
+    report = add("report", "write one page about one or several runs: curves, memory, samples")
+    report.add_argument("runs", nargs="+", metavar="RUN", help="run folder")
+    report.add_argument("--out", required=True, metavar="FILE.html", help="the page to write")
+    report.add_argument("--png", metavar="FOLDER", help="also each chart as a file (extra plot)")
+    _add_plan_choice(report)
+
+    compare = add("compare", "train a grid of recipes, or go on with it, and lay them side by side")
+    compare.add_argument("recipe", help=RECIPE_HELP)
+    compare.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES_HELP)
+    compare.add_argument(
+        "--vary", action="append", required=True, metavar="KEY=A,B,C",
+        help="a key and its values, as overrides are written; given again: every combination",
+    )  # fmt: skip
+    compare.add_argument(
+        "--seeds", type=int, default=1, metavar="N",
+        help="runs of each cell, with loop.seed counting up from the recipe's; default 1",
+    )  # fmt: skip
+    compare.add_argument(
+        "--out",
+        metavar="FOLDER",
+        help="where the cells' run folders lie; default runs/compare-NAME",
+    )
+    _add_plan_choice(compare)
+
+
+def _add_plan_choice(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--plan", action=argparse.BooleanOptionalAction, default=True,
+        help="hold the plan beside what was measured (some seconds for each model); default: yes",
+    )  # fmt: skip
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns its exit status: 0 done, 1 it failed, 2 the request was wrong."""
-    args = parser().parse_args(argv)
+    args = _parse(argv)
     rank = os.environ.get("RANK", "0")
     if isinstance(sys.stdout, io.TextIOWrapper):
         # Keeps its order with standard error when both go to one file.
@@ -277,6 +312,18 @@ def main(argv: list[str] | None = None) -> int:
         where = f"{error.filename}: " if error.filename else ""
         print(f"{prefix}{where}{error.strerror}", file=sys.stderr)
         return 1
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    """argparse takes no more overrides once an option stood between them; these are taken too."""
+    top = parser()
+    args, rest = top.parse_known_args(argv)
+    wrong = [word for word in rest if word.startswith("-") or "=" not in word]
+    if rest and (wrong or not hasattr(args, "overrides")):
+        top.error(f"unrecognized arguments: {' '.join(wrong or rest)}")
+    if rest:
+        args.overrides += rest
+    return args
 
 
 def _dispatch(args: argparse.Namespace) -> int:

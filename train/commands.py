@@ -233,6 +233,18 @@ def distill(args: Namespace) -> int:
     return clean(args)
 
 
+def report(args: Namespace) -> int:
+    from mnemic.train.report.command import report
+
+    return report(args)
+
+
+def compare(args: Namespace) -> int:
+    from mnemic.train.report.compare import compare
+
+    return compare(args)
+
+
 def doctor(args: Namespace) -> int:
     from mnemic.train.doctor import examine, show
 

@@ -51,7 +51,7 @@ class RunFolder:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._take_lock()
+            self.lock()
             start = self._starting_point(recipe)
             write_atomic(self.recipe, to_yaml(dump_recipe(recipe)).encode())
         except FileExistsError:
@@ -62,7 +62,10 @@ class RunFolder:
             ) from None
         return start
 
-    def _take_lock(self) -> None:
+    def lock(self, option: str = "run_dir") -> None:
+        """Keep other processes out until `release`; `UserError`, in the words of the option that
+        names the folder, where one is in.
+        """
         try:
             import fcntl
         except (
@@ -76,8 +79,8 @@ class RunFolder:
             self._lock.seek(0)
             holder = self._lock.read().strip() or "unknown"
             raise UserError(
-                f"run_dir: {self.path} is in use by another mnemic process (pid {holder}); "
-                "wait for it, or choose another run_dir"
+                f"{option}: {self.path} is in use by another mnemic process (pid {holder}); "
+                f"wait for it, or choose another {option}"
             ) from None
         self._lock.truncate(0)
         self._lock.write(str(os.getpid()))
@@ -117,7 +120,7 @@ class RunFolder:
         return path
 
     def _refuse_another_run(self, recipe: Recipe) -> None:
-        old, new = _flat(read_yaml(self.recipe)), _flat(dump_recipe(recipe))
+        old, new = flat(read_yaml(self.recipe)), flat(dump_recipe(recipe))
         keys = [k for k in {**old, **new} if old.get(k) != new.get(k)]
         keys = [k for k in keys if not any(k == f or k.startswith(f + ".") for f in _FREE)]
         if new.get("offload.kind") == "none":
@@ -142,14 +145,15 @@ class RunFolder:
         return json.loads(self.summary.read_bytes()) if self.summary.exists() else None
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"a": {"b": 1}}` -> `{"a.b": 1}`."""
+    found: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, dict) and value:
-            flat.update(_flat(value, f"{prefix}{key}."))
+            found.update(flat(value, f"{prefix}{key}."))
         else:
-            flat[prefix + key] = value
-    return flat
+            found[prefix + key] = value
+    return found
 
 
 def open_run(path: str) -> tuple[RunFolder, Recipe]:

@@ -9,7 +9,10 @@ from support import lm_tree, mnemic, sft_tree, train_here, weights_of, write_rec
 def test_help_names_every_command(tmp_path):
     done = mnemic("--help", cwd=tmp_path)
     assert done.returncode == 0
-    commands = ("train", "validate", "recipes", "schema", "export", "generate", "doctor")
+    commands = (
+        "train", "validate", "recipes", "schema", "export", "generate", "report", "compare",
+        "doctor",
+    )  # fmt: skip
     assert all(f"    {name}" in done.stdout for name in commands)
     assert mnemic(cwd=tmp_path).returncode == 2
 

@@ -163,12 +163,12 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else "\ufffd" for c in text)
 
 
-def need_matplotlib() -> None:
-    """`UserError` where it is missing."""
+def need_matplotlib(option: str = "--plot") -> None:
+    """`UserError` where it is missing; `option` is what asks for it."""
     try:
         import matplotlib
     except ImportError:
-        raise UserError("--plot needs matplotlib: pip install 'mnemic[plot]'") from None
+        raise UserError(f"{option} needs matplotlib: pip install 'mnemic[plot]'") from None
     matplotlib.use("Agg")
 
 
