@@ -23,9 +23,7 @@ def lines(summary: dict[str, Any], recipe: Recipe) -> list[str]:
     if first and last:
         for key in sorted(k for k in last if k.startswith("eval/")):
             name = "held-out " + key.removeprefix("eval/").replace("_", " ")
-            found.append(
-                f"  {name}: before {first.get(key, float('nan')):.4f}, after {last[key]:.4f}"
-            )
+            found.append(f"  {name}: {_before(first, last, key)}after {last[key]:.4f}")
     peak = f"  peak memory: {size(summary['host_peak_bytes'])} host"
     if summary["device_peak_bytes"]:
         peak += f", {size(summary['device_peak_bytes'])} device"
@@ -47,6 +45,15 @@ def lines(summary: dict[str, Any], recipe: Recipe) -> list[str]:
     else:
         found.append("  run the same command again to go on")
     return found
+
+
+def _before(first: dict[str, Any], last: dict[str, Any], key: str) -> str:
+    """The first evaluation, where it is another than the last: `before 0.1, `."""
+    step = first.get("step", 0)
+    if step and all(first.get(k) == last[k] for k in last):
+        return ""
+    name = f"at step {step}" if step else "before"
+    return f"{name} {first.get(key, float('nan')):.4f}, "
 
 
 def _last_sample(path: Path) -> dict[str, Any] | None:

@@ -2,6 +2,7 @@
 
 import json
 import mmap
+import re
 
 import pytest
 import torch
@@ -120,3 +121,16 @@ def test_a_steps_memory_is_its_own(tmp_path):
     block.close()
     reset_host_peak()
     assert host_peak_bytes() < before + (100 << 20)
+
+
+@pytest.mark.parametrize(("every", "words"), [(8, ""), (4, r"at step 4 \d\.\d{4}, ")])
+def test_the_summary_calls_no_later_evaluation_before(tmp_path, every, words):
+    """Without one of the untrained model the first is not `before`, and the only one is `after`."""
+    from mnemic.train.recipe.load import build_recipe
+    from mnemic.train.summary import lines
+
+    held = {"holdout": 0.25, "at_start": False, "every": every}
+    tree = lm_tree(tmp_path, evaluation=held)
+    found = lines(train_here(tree), build_recipe(tree))
+    line = next(text for text in found if "held-out loss" in text)
+    assert re.fullmatch(rf"  held-out loss: {words}after \d\.\d{{4}}", line)
