@@ -35,6 +35,12 @@ def parser() -> argparse.ArgumentParser:
     for command in (train, validate, plan):
         command.add_argument("recipe", help=RECIPE_HELP)
         command.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES_HELP)
+    for command in (train, plan):
+        command.add_argument(
+            "--low-memory", nargs="?", const="auto", metavar="SIZE",
+            help="choose update, offload, batches and recomputation to fit into SIZE, such as "
+            "1GiB; default: what is free (as loop.memory_budget)",
+        )  # fmt: skip
     validate.add_argument("--show", action="store_true", help="print the resolved recipe")
 
     plan.add_argument("--json", action="store_true", help="print JSON, in bytes and seconds")

@@ -23,7 +23,7 @@ log = logging.getLogger("mnemic")
 
 
 def train(args: Namespace) -> int:
-    recipe, notes = load_recipe(args.recipe, args.overrides)
+    recipe, notes = load_recipe(args.recipe, _overrides(args))
     for note in notes:
         log.warning("note: %s", note)
     from rich.console import Console
@@ -56,10 +56,31 @@ def validate(args: Namespace) -> int:
     return 0
 
 
+def _overrides(args: Namespace) -> list[str]:
+    """Those of the command line, with what `--low-memory` says."""
+    size = args.low_memory
+    if size is None:
+        return args.overrides
+    if "=" in size:
+        # No size was given, and argparse took the next override for one.
+        return [*args.overrides, size, "loop.memory_budget=auto"]
+    from mnemic.train.recipe.offload import parse_size
+
+    try:
+        parse_size(size) if size != "auto" else None
+    except ValueError as error:
+        raise RecipeError(f"--low-memory: {error}") from None
+    return [*args.overrides, f"loop.memory_budget={size}"]
+
+
 def plan(args: Namespace) -> int:
-    recipe, notes = load_recipe(args.recipe, args.overrides)
+    recipe, notes = load_recipe(args.recipe, _overrides(args))
     for note in notes:
         log.warning("note: %s", note)
+    if args.low_memory:
+        return _plan_low_memory(args, recipe)
+    if recipe.loop.memory_budget:
+        log.info("the recipe as it is; --low-memory shows what loop.memory_budget makes of it")
     lengths = _lengths(args.length) if args.length else None
     if not args.tbw > 0:
         raise RecipeError("--tbw: must be above 0")
@@ -76,6 +97,23 @@ def plan(args: Namespace) -> int:
         print(json.dumps(as_values(report), indent=1))
     else:
         show(report)
+    return 0
+
+
+def _plan_low_memory(args: Namespace, recipe: Recipe) -> int:
+    for flag in ("activations", "budget", "length", "disk"):
+        if getattr(args, flag):
+            raise RecipeError(f"--{flag}: does not go with --low-memory; leave one out")
+    from mnemic.train.plan.budget import check_one_process
+    from mnemic.train.plan.choose import choose
+    from mnemic.train.plan.show_choice import as_values, show
+
+    check_one_process(recipe)
+    choice = choose(recipe)
+    if args.json:
+        print(json.dumps(as_values(choice), indent=1))
+    else:
+        show(choice)
     return 0
 
 

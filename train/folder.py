@@ -27,7 +27,7 @@ _FREE = (
     "loop.save_every", "loop.keep_checkpoints", "loop.resume", "loop.micro_batch_size",
     "loop.device", "loop.gradient_checkpointing", "loop.checkpoint_every",
     "loop.sequence_chunk", "loop.mlp_tile", "loop.loss", "tokens.probe_every",
-    "offload.ram_budget", "offload.activations",
+    "loop.memory_budget", "offload.ram_budget", "offload.activations",
     "offload.direct", "offload.trace",
 )  # fmt: skip
 
@@ -91,10 +91,15 @@ class RunFolder:
             self._lock.close()
             self._lock = None
 
+    @property
+    def used(self) -> bool:
+        """A run that ended before its first row (a wrong pattern, no memory) leaves nothing to
+        keep.
+        """
+        return self.metrics.exists() or bool(self.newest())
+
     def _starting_point(self, recipe: Recipe) -> Path | None:
-        resume = recipe.loop.resume
-        # A run that ended before its first row (a wrong pattern, no memory) leaves nothing to keep.
-        used = self.metrics.exists() or bool(self.newest())
+        resume, used = recipe.loop.resume, self.used
         if resume == "never" and used:
             raise UserError(
                 f"run_dir: {self.path} already holds a run and loop.resume=never; "
@@ -121,21 +126,24 @@ class RunFolder:
 
     def _refuse_another_run(self, recipe: Recipe) -> None:
         old, new = flat(read_yaml(self.recipe)), flat(dump_recipe(recipe))
-        keys = [k for k in {**old, **new} if old.get(k) != new.get(k)]
-        keys = [k for k in keys if not any(k == f or k.startswith(f + ".") for f in _FREE)]
-        if new.get("offload.kind") == "none":
-            # Then it is where a scratch file lies, no more.
-            keys = [k for k in keys if k != "offload.path"]
-        holdout = "evaluation.holdout"
-        if old.get(holdout) != new.get(holdout):
-            keys.append(holdout)
-        if keys:
+        if keys := self.differing(recipe):
             shown = ", ".join(f"{k} {old.get(k)!r} -> {new.get(k)!r}" for k in keys[:4])
             more = f" and {len(keys) - 4} more" if len(keys) > 4 else ""
             raise UserError(
                 f"run_dir: {self.path} holds a run of another recipe ({shown}{more}); choose "
                 "another run_dir (or name), or delete the folder"
             )
+
+    def differing(self, recipe: Recipe) -> list[str]:
+        """Keys by which `recipe` is another run than the one that is here."""
+        old, new = flat(read_yaml(self.recipe)), flat(dump_recipe(recipe))
+        keys = [k for k in {**old, **new} if old.get(k) != new.get(k)]
+        keys = [k for k in keys if not any(k == f or k.startswith(f + ".") for f in _FREE)]
+        if new.get("offload.kind") == "none":
+            # Then it is where a scratch file lies, no more.
+            keys = [k for k in keys if k != "offload.path"]
+        holdout = "evaluation.holdout"
+        return [*keys, holdout] if old.get(holdout) != new.get(holdout) else keys
 
     def newest(self) -> Path | None:
         found = list_checkpoints(self.checkpoints)

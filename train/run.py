@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from mnemic.train.checkpoint import list_checkpoints, write_atomic
 from mnemic.train.errors import UserError
 from mnemic.train.folder import RunFolder
+from mnemic.train.plan.budget import check_one_process, within_budget
 from mnemic.train.preflight import (
     check_data,
     check_environment,
@@ -38,10 +39,14 @@ def run(recipe: Recipe, console: Any) -> dict[str, Any]:
     """Train as the recipe says; returns the summary that `summary.json` holds."""
     folder = RunFolder(Path(recipe.folder))
     start: Path | None = None
+    if recipe.loop.memory_budget is not None:
+        check_one_process(recipe)
     if is_main_process():
         check_environment(recipe)
         for note in check_data(recipe):
             log.info(note)
+        if recipe.loop.memory_budget is not None:
+            recipe = within_budget(recipe, folder)
         start = folder.claim(recipe)
     work = None
     try:

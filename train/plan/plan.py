@@ -45,7 +45,7 @@ def plan(
     default those of the offload; `tbw`: terabytes that the SSD is made to take.
     """
     notes: list[str] = []
-    folders = _folders(recipe, disk)
+    folders = disk_folders(recipe, disk)
     tokenizer, known = known_tokenizer(recipe, notes)
     device = run_device(recipe)
     machine = this_machine(device)
@@ -85,7 +85,7 @@ def plan(
         recipe.name, planner.describe(), planner.parameters, planner.trained, shown.note, machine,
         ways, totals if lengths and len(lengths) > 1 else {}, tbw=tbw, notes=notes,
     )  # fmt: skip
-    _measure_disk(report, folders)
+    report.disk = disk_speeds(folders, notes)
     for way in ways:
         _judge(way, report)
     return report
@@ -118,7 +118,8 @@ def _way(planner: Planner, recipe: Recipe, name: str, shapes: Shapes) -> Way:
     return way
 
 
-def _folders(recipe: Recipe, given: list[Path] | None) -> list[Path]:
+def disk_folders(recipe: Recipe, given: list[Path] | None = None) -> list[Path]:
+    """Those of the offload, or the one where the run folder will be."""
     path = recipe.offload.path
     found = given or [
         Path(p).expanduser() for p in ([path] if isinstance(path, str) else path or [])
@@ -134,22 +135,21 @@ def _folders(recipe: Recipe, given: list[Path] | None) -> list[Path]:
     return [folder]
 
 
-def _measure_disk(report: Report, folders: list[Path]) -> None:
+def disk_speeds(folders: list[Path], notes: list[str]) -> dict[str, Any]:
     """Speeds of the folders together, and their room."""
     from mnemic.train.doctor import measure_disk as measure
 
     found = [measure(path) for path in folders]
-    report.disk = {"paths": [d["path"] for d in found]}
-    report.disk["free_bytes"] = min(d["free_bytes"] for d in found) * len(found)
+    disk: dict[str, Any] = {"paths": [d["path"] for d in found]}
+    disk["free_bytes"] = min(d["free_bytes"] for d in found) * len(found)
     for key in ("read_bytes_per_second", "write_bytes_per_second"):
-        report.disk[key] = sum(d.get(key, 0.0) for d in found)
+        disk[key] = sum(d.get(key, 0.0) for d in found)
     for d in found:
         if "error" in d:
-            report.notes.append(f"disk at {d['path']}: {d['error']}")
+            notes.append(f"disk at {d['path']}: {d['error']}")
         elif not d["o_direct"]:
-            report.notes.append(
-                f"disk at {d['path']}: no O_DIRECT; the read speed is the page cache's"
-            )
+            notes.append(f"disk at {d['path']}: no O_DIRECT; the read speed is the page cache's")
+    return disk
 
 
 def _judge(way: Way, report: Report) -> None:

@@ -25,8 +25,14 @@ _ON_DEVICE = (
 
 
 def laid_out(planner: "Planner", recipe: Recipe) -> Streamed:
-    with quiet():
-        return streamed(recipe, planner.tokenizer, planner.device)
+    """The engine's layout, made once for recipes that differ in nothing it depends on."""
+    parts = (recipe.model, recipe.adapters, recipe.optimizer, recipe.update)
+    rest = recipe.offload.model_dump(exclude={"activations", "path", "trace"})
+    key = repr((*parts, rest, recipe.loop.sequence_chunk, recipe.loop.mlp_tile))
+    if key not in planner.layouts:
+        with quiet():
+            planner.layouts[key] = streamed(recipe, planner.tokenizer, planner.device)
+    return planner.layouts[key]
 
 
 def fill_streamed(planner: "Planner", way: "Way", recipe: Recipe, shapes: Shapes) -> None:
@@ -83,7 +89,8 @@ def _work(
     weights = layout.block_bytes[largest] if layout.applier else 0
 
     def run(shape: Shape) -> Layer:
-        return planner.measured(
+        return planner.layer(
+            (largest, shape),
             lambda: layer(planner.fake, anatomy, largest, shape),
             lambda: guessed_layer(model, weights, shape),
         )

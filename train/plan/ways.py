@@ -39,7 +39,8 @@ the runs of docs/plan.md. Once, where the run makes the heap give back (settle_m
 @dataclass
 class Way:
     """Bytes by part. `disk`: at the most, files by kind; `read`, `written`: of a step, past the
-    page cache; `checkpoint_written`: of checkpoints, per step.
+    page cache; `checkpoint_written`: of checkpoints, per step. `training`: the peak of a step of a
+    model in memory.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Way:
     endurance_steps: int | None = None
     fits: bool = False
     lacking: list[str] = field(default_factory=list)
+    training: Peak | None = None
 
     @property
     def host_bytes(self) -> int:
@@ -91,7 +93,10 @@ class Planner:
         self.fake: Fake = fake(self.model, device, recipe.loop.precision)
         self.notes: list[str] = []
         self.runs = True
-        self._trained: dict[Any, Counted] = {}
+        self.trainings: dict[Any, Counted] = {}
+        self.layouts: dict[str, Any] = {}
+        self._layers: dict[Any, Any] = {}
+        self._forwards: dict[Shape, Peak] = {}
 
     def fill(self, way: Way, recipe: Recipe, shapes: Shapes) -> None:
         """Put the figures of `recipe` into `way`; `UserError` where it cannot be run so."""
@@ -110,6 +115,7 @@ class Planner:
         found = self._training(recipe, shapes, moves)
         inside = isinstance(recipe.update, InBackwardUpdate)
         peak, step = found.freed if inside else found.held, self.step_bytes(recipe)
+        way.training = peak
         small = sum(size for size in self.gradient_sizes if size < SMALL)
         moments = {
             "backward": peak,
@@ -120,7 +126,7 @@ class Planner:
                 peak.gradients, peak.others + step, peak.small + step, peak.large
             )
             del moments["optimizer step"]
-        moments |= self._evaluation(recipe, shapes)
+        moments |= self.evaluation(recipe, shapes)
         way.peak = max(moments, key=lambda name: moments[name].total)
         top = moments[way.peak]
         most = HEAP * max(p.small for p in moments.values())
@@ -145,13 +151,13 @@ class Planner:
 
     def _training(self, recipe: Recipe, shapes: Shapes, moves: bool) -> Counted:
         key, on = (tuple(shapes.step), moves), recipe.loop.gradient_checkpointing
-        if key not in self._trained:
+        if key not in self.trainings:
             self.checkpointing(recipe.loop)
-            self._trained[key] = self.measured(
+            self.trainings[key] = self.measured(
                 lambda: training(self.fake, shapes.step, moved=moves),
                 lambda: guessed_training(self.model, shapes.largest, on),
             )
-        return self._trained[key]
+        return self.trainings[key]
 
     def measured(self, measure: Callable[[], T], guess: Callable[[], T]) -> T:
         """`measure()` on fake tensors; where the model cannot be run so, `guess()`, and a note."""
@@ -168,7 +174,8 @@ class Planner:
             self.runs = False
             return guess()
 
-    def _evaluation(self, recipe: Recipe, shapes: Shapes) -> dict[str, Peak]:
+    def evaluation(self, recipe: Recipe, shapes: Shapes) -> dict[str, Peak]:
+        """Peaks of the moments of an evaluation."""
         found = {}
         if shapes.evaluation is not None:
             found["evaluation"] = self._forward(shapes.evaluation)
@@ -179,12 +186,20 @@ class Planner:
         return found
 
     def _forward(self, shape: Shape) -> Peak:
-        return self.measured(
-            lambda: evaluating(self.fake, shape),
-            lambda: Peak(0, guessed_logits(self.model, shape)),
-        )
+        if shape not in self._forwards:
+            self._forwards[shape] = self.measured(
+                lambda: evaluating(self.fake, shape),
+                lambda: Peak(0, guessed_logits(self.model, shape)),
+            )
+        return self._forwards[shape]
 
     # What the streamed ways use as well ------------------------------------------------------
+
+    def layer(self, key: Any, measure: Callable[[], T], guess: Callable[[], T]) -> T:
+        """`measured`, once for each `key`: a layer and the shape it runs on."""
+        if key not in self._layers:
+            self._layers[key] = self.measured(measure, guess)
+        return self._layers[key]
 
     def checkpointing(self, loop: Loop | None) -> None:
         """As `loop.gradient_checkpointing` makes it; None: off."""

@@ -8,6 +8,7 @@ from mnemic.train.recipe.base import KindShorthand, Part
 from mnemic.train.recipe.data import Data
 from mnemic.train.recipe.distill import DistillObjective
 from mnemic.train.recipe.memory import GrpoObjective, with_preset
+from mnemic.train.recipe.offload import parse_size
 from mnemic.train.recipe.sft import SftObjective
 
 
@@ -112,6 +113,17 @@ class Schedule(Part):
     """Factor at the last step."""
 
 
+def _check_budget(value: Any) -> Any:
+    """`auto`, or a size as it was written."""
+    if value is None or value == "auto":
+        return value
+    if isinstance(value, bool) or not isinstance(value, (str, int)):
+        raise ValueError(f"{value!r} is not a size; write such as 512MiB, 2GiB, bytes or auto")
+    if parse_size(str(value)) <= 0:
+        raise ValueError(f"{value!r} is no memory at all; write such as 512MiB, 2GiB or auto")
+    return str(value)
+
+
 class Loop(Part):
     """How long, how much at once, and what is kept."""
 
@@ -150,6 +162,11 @@ class Loop(Part):
     loss: Literal["auto", "logits", "chunked"] = "auto"
     """How the loss is had from the last hidden states: with all logits, without ever making them
     all, or by their size. The same result to round-off.
+    """
+    memory_budget: Annotated[str | None, BeforeValidator(_check_budget)] = None
+    """Bytes that the whole process may take, such as `8GiB`, or the accelerator's where there is
+    one; auto: what is free. A run changes update, offload, batches and recomputation until its
+    predicted peak fits (docs/plan.md). null: as the recipe says.
     """
     save_every: int = Field(100, ge=1)
     """Steps between checkpoints; one is always written at the end and on SIGINT or SIGTERM."""
