@@ -171,6 +171,21 @@ def test_one_operation_alone_is_plain_lora_of_its_rows(tmp_path):
     assert card["base_hash"] == cards[0]["base_hash"]
 
 
+def test_an_expert_over_a_base_streamed_from_files_knows_its_base(tmp_path):
+    from mnemic.models.adapter_card import base_hash
+    from mnemic.models.load import load_causal_lm
+
+    train_here(bank_tree(tmp_path / "base", adapters="none", loop={"steps": 1}))
+    path = str(tmp_path / "base/run/final")
+    tree = bank_tree(
+        tmp_path / "bank", [UPDATE], model={"kind": "pretrained", "path": path},
+        update={"kind": "streamed"}, offload={"kind": "ssd", "base": "int8"},
+    )  # fmt: skip
+    train_here(tree)
+    card = json.loads((tmp_path / "bank/run/final/mem_update/card.json").read_text())
+    assert card["base_hash"] == base_hash(load_causal_lm(path, dtype="bf16"))
+
+
 def test_a_bank_learns_from_a_teacher_and_samples_each_row_by_its_expert(tmp_path):
     train_here(bank_tree(tmp_path / "teacher", adapters="none", loop={"steps": 1}))
     teacher = {"kind": "pretrained", "path": str(tmp_path / "teacher/run/final"), "dtype": "fp32"}

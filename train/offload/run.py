@@ -20,6 +20,7 @@ from mnemic.train.offload.engine import Engine
 from mnemic.train.offload.io import Trace
 from mnemic.train.offload.memory import settle_malloc
 from mnemic.train.offload.store import MANIFEST, read_manifest
+from mnemic.train.offload.transfer import own_name
 from mnemic.train.offload.update import StreamedAdapterUpdate, StreamedUpdate
 from mnemic.train.offload.work import WorkFolders, work_folders
 from mnemic.train.recipe.model import NoAdapters
@@ -138,7 +139,10 @@ class StreamedRun:
         if bank is None:
             return
         read = source(self.recipe, self.tokenizer, self.plan)
-        bank.name_base(base_hash(self.model, bank.operations, lambda name: read(name, None)))
+        # A reader of files knows the parameters by the names they have under peft's wrappers.
+        inner = self.model.get_base_model()
+        names = {own_name(name): name for name, _ in inner.named_parameters()}
+        bank.name_base(base_hash(self.model, bank.operations, lambda n: read(names[n], None)))
 
     def close(self, folder: Path) -> None:
         self.engine.close()
