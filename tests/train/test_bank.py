@@ -1,11 +1,12 @@
 """Runs that train a bank of experts: each row by its own, and what comes out is plain PEFT."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
 from bank_support import EXTRACT, GENERATE, UPDATE, bank_of
-from support import merge, mnemic, rows_of, same_weights, sft_rows, train_here, write_jsonl
+from support import merge, rows_of, same_weights, sft_rows, train_here, write_jsonl
 
 from mnemic.train.data.collate import chunks_of, collate
 from mnemic.train.data.rows import BadRows
@@ -143,7 +144,7 @@ def test_a_run_trains_resumes_to_the_same_bits_and_loads_in_plain_peft(tmp_path)
     assert card["data"] == "operations train size 8 seed 0" and len(card["base_hash"]) == 16
 
 
-def test_one_operation_alone_is_plain_lora_of_its_rows(tmp_path):
+def test_one_operation_alone_is_plain_lora_of_its_rows(tmp_path, fork_server):
     """The paper's way: one expert in a run. Plain, streamed from disk, and by APOLLO."""
     alone = bank_tree(tmp_path / "alone", [UPDATE])
     streamed = bank_tree(
@@ -164,8 +165,8 @@ def test_one_operation_alone_is_plain_lora_of_its_rows(tmp_path):
     ]
     assert len({card["base_hash"] for card in cards}) == 1 and cards[0]["base_hash"]
     assert not same_weights(plain, experts_of(tmp_path / "apollo" / "run"))
-    done = mnemic("export", streamed["run_dir"], "out", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    status, told = fork_server.run("export", streamed["run_dir"], "out", cwd=tmp_path)
+    assert status == 0, told
     assert same_weights(plain, experts_of(tmp_path, "out"))
     card = json.loads((tmp_path / "out/mem_update/card.json").read_text())
     assert card["base_hash"] == cards[0]["base_hash"]
@@ -201,18 +202,22 @@ def test_a_bank_learns_from_a_teacher_and_samples_each_row_by_its_expert(tmp_pat
     assert all(w.abs().sum() > 0 for name, w in found.items() if "lora_B" in name)
 
 
-def test_packed_rows_are_of_one_operation_and_the_expert_may_be_chosen_to_answer(tmp_path):
+def test_packed_rows_are_of_one_operation_and_the_expert_may_be_chosen_to_answer(
+    tmp_path, fork_server
+):
     tree = bank_tree(tmp_path, objective={"packing": True, "max_length": 1000})
     tree["loop"] |= {"batch_size": 2, "micro_batch_size": 1}
     train_here(tree)
     assert rows_of(tmp_path / "run")[-1]["step"] == 4
-    done = mnemic("generate", "run", "hi", "--operation", "mem_update", "--max-new-tokens", 2,
-                  cwd=tmp_path)  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    wrong = mnemic("generate", "run", "hi", "--operation", "mem_vqa", cwd=tmp_path)
-    assert wrong.returncode == 1 and "mem_extract, mem_update, mem_generate" in wrong.stderr
-    merged = mnemic("export", "run", "out", "--merge", cwd=tmp_path)
-    assert merged.returncode == 1 and "one model cannot be all" in merged.stderr
+    run = partial(fork_server.run, cwd=tmp_path)
+    status, answer = run(
+        "generate", "run", "hi", "--operation", "mem_update", "--max-new-tokens", 2
+    )
+    assert status == 0, answer
+    status, told = run("generate", "run", "hi", "--operation", "mem_vqa")
+    assert status == 1 and "mem_extract, mem_update, mem_generate" in told
+    status, told = run("export", "run", "out", "--merge")
+    assert status == 1 and "one model cannot be all" in told
 
 
 @pytest.mark.parametrize(

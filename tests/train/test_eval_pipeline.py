@@ -113,6 +113,7 @@ def test_all_systems_side_by_side_and_again_from_the_file(folder, capsys, caplog
 
     # Again: everything is taken from the file, but what the settings changed.
     before = out.read_text()
+    caplog.clear()
     caplog.set_level("INFO", "mnemic")
     assert eval_memory(arguments(folder, *given, "--resume")) == 0
     assert caplog.text.count("kept from") == 5 and "update" not in caplog.text
