@@ -131,6 +131,7 @@ def here(monkeypatch):
     return calls
 
 
+@pytest.mark.slow
 def test_a_run_is_what_was_chosen_and_resume_keeps_it(tmp_path, here, monkeypatch, caplog):
     caplog.set_level(logging.INFO, "mnemic")
     tree = lm_tree(tmp_path, **merge(dict(LARGE), {"loop": {"schedule": "constant"}}))
