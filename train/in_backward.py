@@ -131,6 +131,11 @@ class InBackwardUpdate(Update):
             # A parameter without gradient on this rank may have one on another.
             self._waiting = set(self._order)
             self._flush()
+        else:
+            # What only earlier batches of the step reached: another expert, a router's leavings.
+            for index in self._order:
+                if self.parameters[index].grad is not None:
+                    self._apply(index)
         norms = [self._norms[i] for i in sorted(self._norms)]
         norm = float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0
         self._steps.finish()

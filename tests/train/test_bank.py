@@ -144,6 +144,31 @@ def test_a_run_trains_resumes_to_the_same_bits_and_loads_in_plain_peft(tmp_path)
     assert card["data"] == "operations train size 8 seed 0" and len(card["base_hash"]) == 16
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"loop": {"gradient_checkpointing": True}},
+        {"loop": {"loss": "chunked"}},
+        {"loop": {"sequence_chunk": 64}},
+        {"update": {"kind": "in_backward", "clip": "none"}},
+        {"offload": {"kind": "none", "activations": "ssd"}},
+        {"loop": {"micro_batch_size": 1}},
+    ],
+    ids=str,
+)
+def test_what_saves_memory_trains_the_same_experts(tmp_path, changes):
+    """Each backward runs by the expert of its forward, however late the forward is made again."""
+    plain = bank_tree(tmp_path / "plain", update={"kind": "plain", "max_grad_norm": None})
+    other = bank_tree(
+        tmp_path / "other", **{"update": {"kind": "plain", "max_grad_norm": None}, **changes}
+    )
+    for tree in (plain, other):
+        train_here(tree)
+    found = experts_of(tmp_path / "other" / "run")
+    for name, weight in experts_of(tmp_path / "plain" / "run").items():
+        torch.testing.assert_close(found[name], weight, rtol=1e-3, atol=1e-4)
+
+
 def test_one_operation_alone_is_plain_lora_of_its_rows(tmp_path, fork_server):
     """The paper's way: one expert in a run. Plain, streamed from disk, and by APOLLO."""
     alone = bank_tree(tmp_path / "alone", [UPDATE])
