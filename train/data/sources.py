@@ -53,10 +53,12 @@ def open_source(data: Data, *, key: str = "data", turns: MemoryConfig | None = N
         return HubSource(data)
     if isinstance(data, OperationsData):
         from mnemic.train.data.memory.operations_rows import mixed_rows
+        from mnemic.train.data.memory.rows import kv_stream
 
+        made = kv_stream(data.stream)
         try:
             return ListSource(
-                mixed_rows(data.operations, data.split, data.size, seed=data.seed),
+                mixed_rows(data.operations, data.split, data.size, stream=made, seed=data.seed),
                 f"operations/{data.split}",
             )
         except ValueError as error:

@@ -158,6 +158,27 @@ class Stream(Part):
         return self
 
 
+class OperationStream(Stream):
+    """The stream that `operations` rows are made from: real sentences, many changes."""
+
+    n_chunks: int = Field(default=6, ge=1)
+    """Chunks of an episode."""
+    n_attributes: int = Field(default=6, ge=1, le=6)
+    """Attributes of a name."""
+    n_values: int = Field(default=20, ge=2)
+    """Values of an attribute."""
+    p_update: float = Field(default=0.3, ge=0, le=1)
+    """A fact changes."""
+    p_delete: float = Field(default=0.15, ge=0, le=1)
+    """A fact ends."""
+    p_repeat: float = Field(default=0.1, ge=0, le=1)
+    """A fact is said again."""
+    style: Literal["plain", "natural", "wide"] = "wide"
+    """natural or wide: sentences whose names, values and templates the splits do not share; wide
+    has many more of them for training.
+    """
+
+
 class KvStreamData(_Data):
     """Generated streams of facts that arrive, change, end and are asked for; every right answer and
     operation is known. Episodes for objective `grpo`, a teacher's turns for `sft`.
@@ -217,6 +238,8 @@ class OperationsData(_Data):
     """Rows of each operation."""
     seed: int = 0
     """Seed of the generator."""
+    stream: OperationStream = OperationStream()
+    """What the episodes are like. Fewer names and fewer new facts make more of the rows changes."""
 
 
 EpisodeData = KvStreamData | EpisodesData

@@ -4,6 +4,7 @@ both splits.
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -22,6 +23,10 @@ from mnemic.train.data.memory.operations_rows import (
     operation_rows,
     split_rows,
 )
+from mnemic.train.data.memory.rows import kv_stream
+from mnemic.train.data.rows import Row
+from mnemic.train.data.sources import open_source
+from mnemic.train.recipe.data import OperationsData
 
 ROW = EpisodeRow(
     "r", "test",
@@ -179,3 +184,14 @@ def test_rows_of_several_operations_take_turns():
     rows = mixed_rows([UPDATE, EXTRACT], "train", 3)
     assert [row["operation"] for row in rows] == [UPDATE, EXTRACT] * 3
     assert rows[1::2] == list(split_rows(EXTRACT, "train", 3))
+
+
+def test_the_recipes_stream_is_the_benchmarks_and_its_knobs_reach_the_rows():
+    default = OperationsData()
+    assert kv_stream(default.stream) == STREAM
+    few = OperationsData.model_validate(
+        {"operations": [UPDATE], "size": 40, "stream": {"n_entities": 1, "p_update": 0.6}}
+    )
+    rows = [row.fields for row in open_source(few).read(None) if isinstance(row, Row)]
+    assert rows == list(split_rows(UPDATE, "train", 40, stream=kv_stream(few.stream)))
+    assert kv_stream(few.stream) == replace(STREAM, n_entities=1, p_update=0.6)

@@ -117,7 +117,7 @@ _MORE = {
         ("{e} swapped the old sport for {v}.", "{e} now practices {v}.",
          "{e} started {v} in place of the old sport.", "{e} does {v} these days."),
         ("{e} has left the {v} club.", "{e} does not practice {v} any more.",
-         "{e} is through with {v}.", "{e} dropped {v}.", "{e} gave {v} up altogether.",
+         "{e} is through with {v}.", "{e} gave {v} up altogether.",
          "no more {v} for {e}."),
     ),
     "color": (
