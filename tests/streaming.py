@@ -9,6 +9,8 @@ from typing import Any
 import torch
 import transformers as hf
 
+from mnemic.models.tokens.config import TokensConfig
+from mnemic.models.tokens.sparsity import TokenSparsity
 from mnemic.optim.apollo import Apollo
 from mnemic.optim.groups import decay_groups
 from mnemic.optim.select import apollo_groups
@@ -103,12 +105,16 @@ def first_model(name: str, dtype: torch.dtype = torch.float32) -> Any:
 def train_in_memory(
     name: str, rule: str, objective: Batches, steps: int,
     dtype: torch.dtype = torch.float32, max_grad_norm: float | None = None,
+    tokens: TokensConfig | None = None,
 ) -> tuple[list[float], dict[str, torch.Tensor], list[float]]:  # fmt: skip
     """(losses, weights, norms) of the plain order of things."""
     model = first_model(name, dtype)
+    if tokens is not None:
+        TokenSparsity(model, tokens)
     optimizer = optimizer_for(rule, model)
     losses, norms = [], []
     for step in range(1, steps + 1):
+        torch.manual_seed(step)
         batches = objective.microbatches(step)
         total = sum(batch.weight for batch in batches)
         loss = 0.0
@@ -129,7 +135,7 @@ def train_in_memory(
 
 def streamed_update(
     name: str, rule: str, folder: Path, dtype: torch.dtype = torch.float32,
-    max_grad_norm: float | None = None, **settings: Any,
+    max_grad_norm: float | None = None, tokens: TokensConfig | None = None, **settings: Any,
 ) -> StreamedUpdate:  # fmt: skip
     """The same model and optimizer over an engine in `folder` (and further `folders`)."""
     first = first_model(name, dtype)
@@ -145,6 +151,8 @@ def streamed_update(
         device=torch.device("cpu"),
     )  # fmt: skip
     engine.load(read_model(first))
+    if tokens is not None:
+        engine.streamer.sparsity = TokenSparsity(model, tokens, apart=True)
     return StreamedUpdate(engine, made.clip, max_grad_norm)
 
 

@@ -11,6 +11,7 @@ from mnemic.models.tokens.config import TokensConfig
 from mnemic.models.tokens.sparsity import TokenSparsity
 from mnemic.train.data.collate import Batch
 from mnemic.train.errors import UserError
+from mnemic.train.objectives.tokens import base_of
 from mnemic.train.recipe.recipe import Recipe
 from mnemic.train.recipe.tokens import NoTokens, Protect
 
@@ -31,7 +32,12 @@ def install_tokens(
     config = to_config(part)
     try:
         score = _score(part, model, tokenizer)
-        sparsity = TokenSparsity(model, config, score=score, seed=recipe.loop.seed)
+        streamer = getattr(base_of(model), "streamer", None)
+        sparsity = TokenSparsity(
+            model, config, score=score, seed=recipe.loop.seed, apart=streamer is not None
+        )
+        if streamer is not None:
+            streamer.sparsity = sparsity
     except ValueError as error:
         raise UserError(f"tokens: {error}") from error
     first, last = sparsity.sparse[0], sparsity.sparse[-1]

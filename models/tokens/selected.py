@@ -198,6 +198,41 @@ class Chosen(Protocol):
         ...
 
 
+@torch.no_grad()
+def run_observed(layer: nn.Module, named: dict[str, Any], chosen: Chosen, hidden: Tensor) -> Tensor:
+    """`layer` on all of `hidden` (B, S, H), without a graph; `chosen` sees what it attends to."""
+    module = attention_of(layer)
+
+    def attend(_: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kw: Any):
+        scale = kw.get("scaling")
+        chosen.attended(query, key, query.shape[-1] ** -0.5 if scale is None else scale, mask)
+        return attend_rows(module, query, key, value, mask, **kw)
+
+    with attending(module, attend):
+        out = plain_forward(layer)(hidden, **named)
+    return out[0] if isinstance(out, tuple) else out
+
+
+def run_selected(
+    layer: nn.Module, named: dict[str, Any], index: Tensor, hidden: Tensor, *, needed: bool
+) -> tuple[Tensor, Tensor]:
+    """The tokens at `index` (B, K) of `hidden` (B, S, H) as a leaf, which wants a gradient if
+    `needed`, and what `layer` makes of them, with the graph from there: for a backward that follows
+    at once. Keys and values of the other tokens are made again, as constants.
+    """
+    hidden = hidden.detach()
+    with torch.no_grad():
+        _, keys, values, _ = capture(layer, plain_forward(layer), hidden, **named)
+    with torch.enable_grad():
+        rows = take(hidden, index).requires_grad_(needed)
+        return rows, attend_from(layer, rows, index, named, keys, values, once=True)
+
+
+def spread(grad: Tensor, index: Tensor, hidden: Tensor) -> Tensor:
+    """The gradient of `hidden` (B, S, H) from that of its tokens at `index`."""
+    return scatter_rows_(torch.zeros_like(hidden), index, grad.contiguous())
+
+
 class _Selected(torch.autograd.Function):
     """A whole layer without a graph, and the backward of some of its rows."""
 
@@ -209,35 +244,20 @@ class _Selected(torch.autograd.Function):
         ctx.layer, ctx.named, ctx.chosen = layer, named, chosen
         ctx.replay = Replay(hidden.device)
         ctx.save_for_backward(hidden, *params)
-        module = attention_of(layer)
-
-        def attend(_: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kw: Any):
-            scale = kw.get("scaling")
-            chosen.attended(query, key, query.shape[-1] ** -0.5 if scale is None else scale, mask)
-            return attend_rows(module, query, key, value, mask, **kw)
-
-        with attending(module, attend):
-            out = plain_forward(layer)(hidden, **named)
-        return out[0] if isinstance(out, tuple) else out
+        return run_observed(layer, named, chosen, hidden)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         (grad,), (hidden, *params) = grads, ctx.saved_tensors
-        hidden = hidden.detach()
         index = ctx.chosen.selected()
         wanted = [p for p, need in zip(params, ctx.needs_input_grad[4:], strict=True) if need]
         with ctx.replay():
-            with torch.no_grad():
-                run = plain_forward(ctx.layer)
-                _, keys, values, _ = capture(ctx.layer, run, hidden, **ctx.named)
-            with torch.enable_grad():
-                rows = take(hidden, index).requires_grad_(ctx.needs_input_grad[3])
-                out = attend_from(ctx.layer, rows, index, ctx.named, keys, values, once=True)
+            rows, out = run_selected(
+                ctx.layer, ctx.named, index, hidden, needed=ctx.needs_input_grad[3]
+            )
         sources = [*([rows] if rows.requires_grad else []), *wanted]
         found = list(torch.autograd.grad(out, sources, take(grad, index), allow_unused=True))
-        dhidden = None
-        if rows.requires_grad:
-            dhidden = scatter_rows_(torch.zeros_like(hidden), index, found.pop(0).contiguous())
+        dhidden = spread(found.pop(0), index, hidden) if rows.requires_grad else None
         results = iter(found)
         needs = ctx.needs_input_grad[4:]
         return None, None, None, dhidden, *(next(results) if need else None for need in needs)

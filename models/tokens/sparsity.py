@@ -44,17 +44,22 @@ log = logging.getLogger("mnemic")
 class TokenSparsity:
     """Installs itself on `model` (peft's wrapper or not). `begin` before each forward says what its
     rows are. `progress`: share of the run that is done. `score` overrides `config.score`.
+
+    `apart`: somebody else runs the layers one by one (a streamed model's engine), asks `look` in
+    the forward and `chosen` in the backward; wants `grad="selected"`. Nothing is installed then.
     """
 
     def __init__(
-        self, model: Any, config: TokensConfig, *, score: Score | None = None, seed: int = 0
-    ) -> None:
+        self, model: Any, config: TokensConfig, *, score: Score | None = None, seed: int = 0,
+        apart: bool = False,
+    ) -> None:  # fmt: skip
         self.config, self.seed = config, seed
         self.layers = decoder_layers(model)
         self.sparse = [i for i in config.layer_range(len(self.layers)) if self._can(i)]
         if not self.sparse:
             raise ValueError("no layer can be sparse")
         self.runs = _runs(self.sparse, config.share)
+        self._run_of = {index: number for number, run in enumerate(self.runs) for index in run}
         self.score: Score = score or SCORES[config.score]
         self.progress, self.paused = 0.0, False
         self.forward: Forward | None = None
@@ -68,12 +73,13 @@ class TokenSparsity:
             prune_backward(model, self.sparse, config.mlp_backward_keep, self._prunes)
         if config.grad == "selected" or (config.scope == "layer" and config.attend == "all"):
             check_masks(inner)
-        if config.grad == "selected":
-            for number, run in enumerate(self.runs):
-                for index in run:
-                    layer = self.layers[index]
-                    choose = partial(self._selected, number, index)
-                    layer.forward = SelectedForward(layer, choose)  # type: ignore[method-assign]
+        if apart:
+            if config.grad != "selected":
+                raise ValueError("layers that are run one by one need grad=selected")
+        elif config.grad == "selected":
+            for index in self.sparse:
+                layer, choose = self.layers[index], partial(self._selected, index)
+                layer.forward = SelectedForward(layer, choose)  # type: ignore[method-assign]
         else:
             self._install()
 
@@ -219,7 +225,8 @@ class TokenSparsity:
             hidden, rest = _hidden(args, kwargs)
             named = by_name(layer, rest, kwargs)
             if first:
-                self.forward.index[number] = self._choose(layer, index, hidden, named)
+                chosen = self._choose(self.forward, layer, index, hidden, named)
+                self.forward.index[number] = chosen
             if not cut:
                 return None
             chosen = self.forward.index[number]
@@ -262,17 +269,37 @@ class TokenSparsity:
         return self.active and torch.is_grad_enabled()
 
     def _selected(
-        self, number: int, index: int, layer: nn.Module, hidden: Tensor, named: dict[str, Any]
+        self, index: int, layer: nn.Module, hidden: Tensor, named: dict[str, Any]
     ) -> Attended | None:
-        """What a layer with selected gradients needs of this forward. All scores but `attention`
-        choose before the first of the layers.
-        """
+        """What a layer with selected gradients needs of this forward."""
         if not self.active or not torch.is_grad_enabled():
             return None
         assert self.forward is not None
-        if self.score is not attention_score and number not in self.forward.index:
-            self.forward.index[number] = self._choose(layer, index, hidden, named)
-        return Attended(self.selected, self.forward, number, 4 * index >= len(self.layers))
+        return self.look(self.forward, index, layer, hidden, named)
+
+    def look(
+        self, forward: Forward, index: int, layer: nn.Module, hidden: Tensor, named: dict[str, Any]
+    ) -> Attended | None:
+        """What layer `index` needs of `forward` when it runs, None for a dense one. All scores but
+        `attention` choose before the first of the layers.
+        """
+        number = self._run_of.get(index)
+        if number is None:
+            return None
+        if self.score is not attention_score and number not in forward.index:
+            forward.index[number] = self._choose(forward, layer, index, hidden, named)
+        return Attended(self.selected, forward, number, 4 * index >= len(self.layers))
+
+    def chosen(self, forward: Forward, index: int) -> Tensor | None:
+        """The tokens (B, K) that gradients of layer `index` go through, None for all; asked for
+        when the forward is done.
+        """
+        number = self._run_of.get(index)
+        return None if number is None else self.selected(forward, number)
+
+    def new_step(self) -> None:
+        """The step begins, or begins again: the same tokens are drawn."""
+        self._last_seed = None
 
     def _attention_hook(self, number: int) -> Callable[..., Any]:
         def before(module: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -300,10 +327,10 @@ class TokenSparsity:
     _choosing = False
 
     @torch.no_grad()
-    def _choose(self, layer: nn.Module, index: int, hidden: Tensor, named: Any) -> Tensor:
-        assert self.forward is not None
-        forward, config = self.forward, self.config
-        row = forward.row
+    def _choose(
+        self, forward: Forward, layer: nn.Module, index: int, hidden: Tensor, named: Any
+    ) -> Tensor:
+        config, row = self.config, forward.row
         look = Look(layer, index, hidden.detach(), named, row, forward.generator, config.block)
         self._choosing = True
         try:

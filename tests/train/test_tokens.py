@@ -163,7 +163,7 @@ SENTENCES = {
     "everything protected": ({"tokens": "protect"}, "every token, so nothing would be dropped"),
     "streamed": (
         {"tokens": {"kind": "protect", "protect": False}, "update": "streamed", "offload": "ssd"},
-        "update.kind=streamed runs apart",
+        "set tokens.loss=all, or update.kind=in_backward",
     ),
     "no such score": ({"tokens": {"kind": "protect", "score": "best"}}, "is not one of attention"),
     "a model without a path": ({"tokens": {"kind": "protect", "score": "model"}}, "score_path"),

@@ -12,6 +12,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from mnemic.models.tokens.sparsity import TokenSparsity
 from mnemic.train.callbacks.base import Callback, MetricsRow
+from mnemic.train.objectives.tokens import base_of
 from mnemic.train.tokens import dense_probe
 
 if TYPE_CHECKING:
@@ -65,8 +66,10 @@ class TokensCallback(Callback):
     def on_start(self, trainer: "Trainer") -> None:
         self.sparsity.progress = trainer.step / trainer.total_steps
         update = trainer.update
-        # Saved tensors that are moved away are counted by who moves them.
-        if _is_free(update.saving):
+        streamed = getattr(base_of(trainer.module), "streamer", None) is not None
+        # Saved tensors that are moved away are counted by who moves them; a streamed model's
+        # backward saves nothing but layers' inputs.
+        if _is_free(update.saving) and not streamed:
             self._saved = update.saving = SavedBytes(trainer.module)
 
     def on_step(self, trainer: "Trainer", row: MetricsRow) -> None:

@@ -22,7 +22,7 @@ from mnemic.train.offload.copies import DATA, adopt
 from mnemic.train.offload.engine import Engine, Layout, Settings, lay_out
 from mnemic.train.offload.files import SsdFile
 from mnemic.train.offload.io import Trace
-from mnemic.train.offload.skeleton import dissect, tie, without_weights
+from mnemic.train.offload.skeleton import dissect, is_adapter, tie, without_weights
 from mnemic.train.offload.store import Plan
 from mnemic.train.offload.transfer import (
     Reader,
@@ -192,7 +192,7 @@ def source(recipe: Recipe, tokenizer: Any, plan: Streamed) -> Reader:
         return read_model(build_model(plain, tokenizer))
     folder = local_folder(model_folder(recipe), getattr(part, "revision", None))
     inner = plan.layout.anatomy.model
-    shapes = {n: tuple(p.shape) for n, p in inner.named_parameters() if not _is_adapter(n)}
+    shapes = {n: tuple(p.shape) for n, p in inner.named_parameters() if not is_adapter(n)}
     where = safetensors_of(folder)
     if where is not None:
         reader = read_safetensors(where, list(shapes), shapes, inner.base_model_prefix)
@@ -210,10 +210,6 @@ def source(recipe: Recipe, tokenizer: Any, plan: Streamed) -> Reader:
     except LoadError as error:
         raise UserError(f"model: {error}") from error
     return read_model(whole)
-
-
-def _is_adapter(name: str) -> bool:
-    return ".lora_" in name
 
 
 def describe(layout: Layout) -> str:

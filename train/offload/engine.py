@@ -21,7 +21,7 @@ from mnemic.train.offload.files import Backend, HostMemory, SsdFile
 from mnemic.train.offload.io import Io, Trace
 from mnemic.train.offload.layout import TILE, Spec, Tiling, pack
 from mnemic.train.offload.memory import aligned_buffer
-from mnemic.train.offload.skeleton import Anatomy
+from mnemic.train.offload.skeleton import Anatomy, is_adapter
 from mnemic.train.offload.spill import Spill, gradient_pieces
 from mnemic.train.offload.store import Piece, Plan, Store
 from mnemic.train.offload.streamer import Streamer
@@ -109,7 +109,7 @@ def lay_out(
         held = [
             (n, tuple(p.shape), p.dtype)
             for n, p in anatomy.layer_parameters(index)
-            if trained or not p.requires_grad
+            if trained or not (p.requires_grad or is_adapter(n))
         ]
         specs, nbytes = pack(held)
         blocks.append(specs)
@@ -119,7 +119,10 @@ def lay_out(
             nbytes = codec.nbytes
         pieces.append(Piece(f"block/{index}", nbytes, copies))
         owners |= {spec.name: f"block/{index}" for spec in specs}
-    rest_params = {n: p for n, p in anatomy.rest().items() if trained or not p.requires_grad}
+    rest_params = {
+        n: p for n, p in anatomy.rest().items()
+        if trained or not (p.requires_grad or is_adapter(n))
+    }  # fmt: skip
     rest, rest_bytes = pack([(n, tuple(p.shape), p.dtype) for n, p in rest_params.items()])
     owners |= dict.fromkeys(rest_params, "rest")
     if rest_bytes:

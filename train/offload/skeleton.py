@@ -91,6 +91,11 @@ class Anatomy:
         return {n: p for n, p in self.model.named_parameters() if id(p) not in apart}
 
 
+def is_adapter(name: str) -> bool:
+    """Whether a parameter is peft's own: in memory, trained or (`freeze_a`) not."""
+    return ".lora_" in name
+
+
 def name_of(model: nn.Module, module: nn.Module) -> str:
     return next(name for name, m in model.named_modules() if m is module)
 

@@ -25,6 +25,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mnemic.models.exact.attention import by_name
+from mnemic.models.tokens.forward import Forward
+from mnemic.models.tokens.rows import take
+from mnemic.models.tokens.selected import run_observed, run_selected, spread
+from mnemic.models.tokens.sparsity import TokenSparsity
 from mnemic.train.data.collate import Batch
 from mnemic.train.data.tokenize import IGNORE
 from mnemic.train.objectives.base import Objective, TokenBatch
@@ -51,6 +56,8 @@ class Front:
     rows: nn.Parameter
     hidden: Tensor | None = None
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
+    tokens: Forward | None = None
+    """Which tokens gradients go through; None for all."""
 
 
 class Streamer:
@@ -68,6 +75,8 @@ class Streamer:
         self.vocabulary, self.inputs, self.device = vocabulary, inputs, device
         self.autocast, self.trace = autocast, trace
         self.on_gradient: Callable[[nn.Parameter], None] | None = None
+        self.sparsity: TokenSparsity | None = None
+        """Of a run with `tokens`: layers then run again for selected tokens only."""
         self._armed = False
         self._front: Front | None = None
         self._last: Tensor | None = None
@@ -153,6 +162,7 @@ class Streamer:
             with self.layer(index, self._ahead(index, 1)), self.autocast():
                 return self._layer_forward[index](hidden_states, *args, **kwargs)
 
+        forward.own = self.anatomy.layers[index].forward  # type: ignore[attr-defined]
         return forward
 
     def _embedding_forward(self, ids: Tensor) -> Tensor:
@@ -191,6 +201,9 @@ class Streamer:
                 with self.autocast():
                     self.anatomy.base(**batch.inputs, use_cache=False)
             except _Captured:
+                sparsity = self.sparsity
+                if sparsity is not None and sparsity.begin(batch.inputs, batch.predicting()):
+                    front.tokens = sparsity.forward
                 fronts.append(front)
             finally:
                 self._front, self._capturing = None, False
@@ -220,6 +233,8 @@ class Streamer:
         `after_layer(name)` frame each block's gradients, the block being in memory.
         """
         self._base = torch.initial_seed()
+        if self.sparsity is not None:
+            self.sparsity.new_step()
         with torch.enable_grad():
             fronts = self._begin([objective.tokens(batch) for batch in batches])
         hiddens = [front.hidden.detach() for front in fronts]  # type: ignore[union-attr]
@@ -228,7 +243,7 @@ class Streamer:
                 for micro, front in enumerate(fronts):
                     self.inputs.put(index, micro, hiddens[micro])
                     self._seed(index, micro)
-                    hiddens[micro] = self._run(index, hiddens[micro], front.calls[index])
+                    hiddens[micro] = self._forward(index, front, hiddens[micro])
         leaves = [hidden.detach().requires_grad_() for hidden in hiddens]
         del hiddens
         tails, head_inputs = [], []
@@ -258,7 +273,7 @@ class Streamer:
             hidden = front.hidden
             if hidden is not None and hidden.requires_grad:
                 torch.autograd.backward([hidden], [grad])
-            front.hidden, front.calls = None, []
+            front.hidden, front.calls, front.tokens = None, [], None
         torch.manual_seed(self._base)
         self._base = None
         return loss_sum, counts, head_inputs, fronts
@@ -293,12 +308,40 @@ class Streamer:
         self._seed(index, micro)
         self._armed = last
         try:
+            chosen = None
+            if front.tokens is not None and self.sparsity is not None:
+                chosen = self.sparsity.chosen(front.tokens, index)
+            if chosen is not None:
+                return self._backward_selected(index, front, hidden, chosen, grad)
             with torch.enable_grad():
                 out = self._run(index, hidden, front.calls[index])
             torch.autograd.backward([out], [grad])
         finally:
             self._armed = False
         return hidden.grad
+
+    def _forward(self, index: int, front: Front, hidden: Tensor) -> Tensor:
+        """Layer `index` in a step's forward."""
+        if front.tokens is not None and self.sparsity is not None:
+            layer = self.anatomy.layers[index]
+            named = by_name(layer, *front.calls[index])
+            with self.autocast():
+                look = self.sparsity.look(front.tokens, index, layer, hidden, named)
+                if look is not None:
+                    return run_observed(layer, named, look, hidden)
+        return self._run(index, hidden, front.calls[index])
+
+    def _backward_selected(
+        self, index: int, front: Front, hidden: Tensor, chosen: Tensor, grad: Tensor | None
+    ) -> Tensor | None:
+        """`_backward` of the tokens at `chosen` (B, K); the others' gradients are zero."""
+        assert grad is not None
+        layer, needed = self.anatomy.layers[index], hidden.requires_grad
+        named = by_name(layer, *front.calls[index])
+        with self.autocast():
+            rows, out = run_selected(layer, named, chosen, hidden, needed=needed)
+        torch.autograd.backward([out], [take(grad, chosen)])
+        return spread(rows.grad, chosen, hidden.detach()) if rows.grad is not None else None
 
     def _gradient_ready(self, param: Tensor) -> None:
         if self._armed and self.on_gradient is not None:

@@ -185,10 +185,7 @@ def check_tokens(tokens: Any, adapters: Any, objective: Any, update: Any, loop: 
         return []  # refused by check_memory
     problems = []
     if update.kind == "streamed":
-        problems.append(
-            f"tokens.kind={tokens.kind} hooks into layers that update.kind=streamed runs apart; "
-            "set tokens=none, or update.kind=in_backward"
-        )
+        problems += _streamed(tokens)
     everything = objective.kind == "lm" or objective.loss_on == "all"
     if tokens.protect and everything:
         key = "kind=lm" if objective.kind == "lm" else "loss_on=all"
@@ -214,5 +211,32 @@ def check_tokens(tokens: Any, adapters: Any, objective: Any, update: Any, loop: 
         problems.append(
             f"loop.sequence_chunk={loop.sequence_chunk} runs a layer in pieces, which "
             f"tokens.{key} does not; set it to null"
+        )
+    return problems
+
+
+def _streamed(tokens: Any) -> list[str]:
+    """A streamed model runs layer by layer: all rows forward, then all rows backward."""
+    problems = []
+    if tokens.grad != "selected":
+        problems.append(
+            f"tokens.kind={tokens.kind} shortens what is passed from layer to layer, and "
+            "update.kind=streamed runs layers one by one; set tokens.kind=protect or token_tune "
+            "(tokens.grad=selected), or update.kind=in_backward"
+        )
+    elif not tokens.protect and tokens.loss == "kept":
+        problems.append(
+            "tokens.protect=false with tokens.loss=kept takes tokens out of the loss, which "
+            "update.kind=streamed does not; set tokens.loss=all, or update.kind=in_backward"
+        )
+    elif tokens.mlp_backward_keep is not None:
+        problems.append(
+            "tokens.mlp_backward_keep is not there with update.kind=streamed; set it to null, or "
+            "update.kind=in_backward"
+        )
+    if tokens.probe_every is not None:
+        problems.append(
+            "tokens.probe_every compares two gradients of the whole model, which "
+            "update.kind=streamed never holds; set it to null"
         )
     return problems
