@@ -29,6 +29,7 @@ SHRUNK = {
                              "loop.save_every=2", "objective.seq_len=32", "evaluation.max_rows=2"],
     "lowmem_full": ["data.path=text.txt", "loop.steps=2", "evaluation.every=2",
                     "loop.save_every=2", "objective.seq_len=32", "evaluation.max_rows=2"],
+    "lowmem_long": ["objective.max_length=96", "tokens.block=8", *LONG],
     "lowmem_lora": ["data.size=20", "loop.steps=3", "evaluation.every=3", "loop.save_every=2",
                     "evaluation.data.size=2", "evaluation.max_new_tokens=4"],
     "long_context_exact": ["objective.max_length=96", "loop.sequence_chunk=32", *LONG],
