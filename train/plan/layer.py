@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mnemic.models.exact.attention import by_name
+from mnemic.models.tokens.selected import run_selected, spread
 from mnemic.train.offload.skeleton import Anatomy, set_forward
 from mnemic.train.offload.vocabulary import _LOGITS as LOGITS
 from mnemic.train.plan.live import Fake
@@ -32,8 +34,10 @@ class Layer:
     gradient: int
 
 
-def layer(fake: Fake, anatomy: Anatomy, index: int, shape: Shape) -> Layer:
-    """Run layer `index` once without and once with gradients."""
+def layer(fake: Fake, anatomy: Anatomy, index: int, shape: Shape, kept: int | None = None) -> Layer:
+    """Run layer `index` once without and once with gradients, through `kept` tokens of each row
+    (None: all).
+    """
     fake.packed = shape.packed
     fake.model.train()
     found: list[tuple[Tensor, tuple[Any, ...], dict[str, Any]]] = []
@@ -83,9 +87,17 @@ def layer(fake: Fake, anatomy: Anatomy, index: int, shape: Shape) -> Layer:
             p.register_post_accumulate_grad_hook(ready)
             for p in inside.parameters() if p.requires_grad
         ]  # fmt: skip
-        leaf = hidden.detach().requires_grad_()
-        out = run(leaf)
+        if kept is None:
+            leaf = hidden.detach().requires_grad_()
+            out = run(leaf)
+        else:
+            chosen = torch.zeros(len(hidden), kept, dtype=torch.int64, device=hidden.device)
+            named = by_name(inside, args, kwargs)
+            with fake.autocast(cache=False):
+                leaf, out = run_selected(inside, named, chosen, hidden, needed=True)
         torch.autograd.backward([out], [torch.empty_like(out)])
+        if kept is not None:
+            spread(torch.empty_like(leaf), chosen, hidden)
         for hook in hooks:
             hook.remove()
         peak = live.freed.peak

@@ -6,8 +6,8 @@ take. Each storage is counted from the operation that makes it to its end; the s
 resident bytes of a real step to a few percent where the heap gives back what is freed.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -194,9 +194,12 @@ def fake(model: Any, device: torch.device, precision: str) -> Fake:
     return Fake(model, device, precision, fakes)
 
 
-def training(fake: Fake, shapes: Sequence[Shape], *, moved: bool = False) -> Counted:
+def training(
+    fake: Fake, shapes: Sequence[Shape], *, moved: bool = False,
+    around: Callable[[Shape], AbstractContextManager[Any]] = lambda _: nullcontext(),
+) -> Counted:  # fmt: skip
     """Forward and backward of a step's micro-batches, the largest of them last: of several, two
-    show what more would. `moved`: with saved tensors elsewhere.
+    show what more would. `moved`: with saved tensors elsewhere. `around` a micro-batch.
     """
     from mnemic.train.objectives.tokens import token_loss
 
@@ -217,9 +220,10 @@ def training(fake: Fake, shapes: Sequence[Shape], *, moved: bool = False) -> Cou
         for position, shape in enumerate(shapes[-2:]):
             last = position == len(shapes[-2:]) - 1
             batch = shape.batch(fake.device)
-            with fake.autocast(), saved.hooks() if moved else nullcontext():
-                loss = token_loss(model, batch)
-            (loss * 1.0).backward()
+            with around(shape):
+                with fake.autocast(), saved.hooks() if moved else nullcontext():
+                    loss = token_loss(model, batch)
+                (loss * 1.0).backward()
             del loss
         for hook in hooks:
             hook.remove()

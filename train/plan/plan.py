@@ -69,8 +69,8 @@ def plan(
     notes += [*shown.missing, *planner.notes]
     if recipe.tokens.kind != "none":
         notes.append(
-            f"tokens.kind={recipe.tokens.kind} is not counted here, where layers run on all "
-            "tokens; --activations counts it"
+            f"tokens.kind={recipe.tokens.kind} is counted as if its supervised tokens had room in "
+            "what is kept of a row"
         )
     if planner.teacher:
         notes.append(

@@ -11,6 +11,7 @@ from mnemic.train.plan.guess import guessed_layer
 from mnemic.train.plan.layer import Layer, head_bytes, layer
 from mnemic.train.plan.shapes import Shape, Shapes
 from mnemic.train.plan.sizes import gradient_bytes, quiet, state_bytes
+from mnemic.train.plan.techniques import kept_count
 from mnemic.train.plan.traffic import spread_ids, traffic
 from mnemic.train.recipe.offload import NoOffload
 from mnemic.train.recipe.recipe import Recipe
@@ -89,9 +90,10 @@ def _work(
     weights = layout.block_bytes[largest] if layout.applier else 0
 
     def run(shape: Shape) -> Layer:
+        kept = kept_count(recipe, shape)
         return planner.layer(
-            (largest, shape),
-            lambda: layer(planner.fake, anatomy, largest, shape),
+            (largest, shape, kept),
+            lambda: layer(planner.fake, anatomy, largest, shape, kept),
             lambda: guessed_layer(model, weights, shape),
         )
 

@@ -19,7 +19,7 @@ from mnemic.train.recipe.load import apply_overrides, build_recipe, dump_recipe
 from mnemic.train.recipe.model import NoAdapters
 from mnemic.train.recipe.recipe import Recipe
 from mnemic.train.recipe.tokens import NoTokens
-from mnemic.train.tokens import install_tokens
+from mnemic.train.tokens import install_tokens, to_config
 
 
 def chunk_of(tokens: int) -> int:
@@ -95,8 +95,7 @@ def kept_tokens(recipe: Recipe, shape: Shape) -> Iterator[None]:
     if isinstance(part, NoTokens):
         yield
         return
-    supervised = shape.columns + 1 if part.protect and shape.columns is not None else 0
-    planned = part.block * (part.sinks + part.recent) + supervised
+    planned = _required(recipe, shape)
 
     def spread(found: Tensor) -> Tensor:
         return torch.arange(min(len(found), scores._QUERIES), device=found.device)
@@ -104,3 +103,23 @@ def kept_tokens(recipe: Recipe, shape: Shape) -> Iterator[None]:
     row = partial(sparsity.Row, planned=planned)
     with mock.patch.object(sparsity, "Row", row), mock.patch.object(scores, "_spread", spread):
         yield
+
+
+def kept_count(recipe: Recipe, shape: Shape) -> int | None:
+    """Tokens of a row that gradients go through in every layer of a streamed model; None for all,
+    in some layer at least.
+    """
+    part = recipe.tokens
+    if isinstance(part, NoTokens) or part.layers != "all":
+        return None
+    row = sparsity.Row(torch.zeros(1, shape.width, dtype=torch.bool))
+    row.planned = _required(recipe, shape)
+    return row.count(to_config(part), part.keep)
+
+
+def _required(recipe: Recipe, shape: Shape) -> int:
+    """Tokens of a row that no score may drop."""
+    part = recipe.tokens
+    assert not isinstance(part, NoTokens)
+    supervised = shape.columns + 1 if part.protect and shape.columns is not None else 0
+    return part.block * (part.sinks + part.recent) + supervised

@@ -19,14 +19,17 @@ from mnemic.train.plan.sizes import (
     describe,
     empty_model,
     gradient_bytes,
+    quiet,
     state_bytes,
     teacher_bytes,
     trained,
     weight_bytes,
 )
+from mnemic.train.plan.techniques import kept_tokens
 from mnemic.train.recipe.offload import NoOffload
 from mnemic.train.recipe.recipe import Recipe
 from mnemic.train.recipe.training import InBackwardUpdate, Loop, StreamedUpdate
+from mnemic.train.tokens import install_tokens
 
 T = TypeVar("T")
 
@@ -78,6 +81,8 @@ class Planner:
     def __init__(self, recipe: Recipe, tokenizer: Any, device: torch.device, base: int) -> None:
         self.tokenizer, self.device, self.base = tokenizer, device, base
         self.model = empty_model(recipe, tokenizer, device)
+        with quiet():
+            install_tokens(recipe, self.model, tokenizer)
         self.parameters = sum(p.numel() for p in self.model.parameters())
         self.trained = sum(p.numel() for _, p in trained(self.model))
         self.weights = weight_bytes(recipe, self.model)
@@ -154,7 +159,12 @@ class Planner:
         if key not in self.trainings:
             self.checkpointing(recipe.loop)
             self.trainings[key] = self.measured(
-                lambda: training(self.fake, shapes.step, moved=moves),
+                lambda: training(
+                    self.fake,
+                    shapes.step,
+                    moved=moves,
+                    around=lambda shape: kept_tokens(recipe, shape),
+                ),
                 lambda: guessed_training(self.model, shapes.largest, on),
             )
         return self.trainings[key]

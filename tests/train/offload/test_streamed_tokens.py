@@ -8,9 +8,13 @@ import torch
 from streaming import Batches, train_in_memory, train_streamed
 from support import lm_tree, merge, rows_of, sft_tree, train_here, weights_of
 
+from mnemic.models.tiny import byte_tokenizer
 from mnemic.models.tokens import selected
 from mnemic.models.tokens.config import TokensConfig
 from mnemic.train.errors import RecipeError
+from mnemic.train.plan.shapes import Shape, Shapes
+from mnemic.train.plan.techniques import kept_count
+from mnemic.train.plan.ways import Planner, Way
 from mnemic.train.recipe.load import build_recipe
 
 KINDS = {
@@ -132,3 +136,22 @@ def test_what_does_not_go_is_one_sentence(tmp_path, tokens, says):
 def test_every_token_supervised_is_still_refused(tmp_path):
     with pytest.raises(RecipeError, match="nothing would be dropped"):
         build_recipe(lm_tree(tmp_path, tokens={"kind": "protect"}, **STREAMED))
+
+
+def test_the_plan_counts_selected_tokens(tmp_path):
+    """Fewer tokens, a smaller backward, and the count that `kept_tokens` has for a model in
+    memory.
+    """
+    found = {}
+    shape = Shape(1, 512, columns=8)
+    for keep in (0.1, 0.5, None):
+        tokens = {"kind": "none"} if keep is None else {"kind": "protect", "keep": keep, "block": 8}
+        changes = {**STREAMED, "model": {"hidden_size": 64, "max_position": 512}}
+        recipe = build_recipe(tree_of(tmp_path / str(keep), tokens, changes))
+        planner = Planner(recipe, byte_tokenizer(), torch.device("cpu"), 0)
+        way = Way("streamed", [])
+        planner.fill(way, recipe, Shapes([shape]))
+        found[keep] = way.host["activations"]
+        if keep:
+            assert kept_count(recipe, shape) == (56 if keep == 0.1 else 256)
+    assert found[0.1] < found[0.5] < found[None]
