@@ -51,6 +51,7 @@ def loops(blocks: int, block: int, folder: Path) -> dict[str, Any]:
     import torch.nn.functional as F
 
     from mnemic.models.tiny import byte_tokenizer, tiny_llama
+    from mnemic.train.accelerator import make_accelerator
     from mnemic.train.callbacks.base import Callback
     from mnemic.train.callbacks.memory import MemoryCallback
     from mnemic.train.callbacks.metrics import MetricsFile
@@ -58,7 +59,6 @@ def loops(blocks: int, block: int, folder: Path) -> dict[str, Any]:
     from mnemic.train.objectives.build import train_stream
     from mnemic.train.objectives.tokens import TokenObjective
     from mnemic.train.recipe.load import build_recipe
-    from mnemic.train.run import make_accelerator
     from mnemic.train.trainer import Trainer
     from mnemic.train.update import PlainUpdate
 

@@ -3,13 +3,13 @@
 import json
 import logging
 import math
-import os
 import time
 from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mnemic.train.accelerator import make_accelerator, micro_batch_size
 from mnemic.train.checkpoint import list_checkpoints, write_atomic
 from mnemic.train.errors import UserError
 from mnemic.train.folder import RunFolder
@@ -322,48 +322,6 @@ def prompt_form(recipe: Recipe) -> str:
         with suppress(FormatError):  # a bad row, already reported
             return "chat" if isinstance(as_example(row.fields), Conversation) else "text"
     return "chat"
-
-
-def make_accelerator(loop: Loop, *, unused: bool = False) -> Any:
-    """Accelerate's device and process set-up; autocast is the trainer's own except under sharded
-    engines. `unused`: batches leave some trained weights without a gradient.
-    """
-    import torch
-    from accelerate import Accelerator, DistributedDataParallelKwargs
-
-    sharded = any(os.environ.get(f"ACCELERATE_USE_{e}") == "true" for e in ("FSDP", "DEEPSPEED"))
-    cpu = loop.device == "cpu" or not torch.accelerator.is_available()
-    # Told to take the CPU, accelerate leaves DeepSpeed out without a word.
-    cpu = cpu and os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true"
-    return Accelerator(
-        cpu=cpu,
-        mixed_precision="bf16" if sharded and loop.precision == "bf16" else "no",
-        step_scheduler_with_optimizer=False,
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)]
-        if unused
-        else None,
-    )
-
-
-def micro_batch_size(recipe: Recipe, world: int) -> int:
-    """Rows in one forward; `UserError` where the global batch does not divide evenly over the
-    ranks. Rollouts need not: each gives as many rows as its stream has chunks.
-    """
-    loop = recipe.loop
-    if loop.batch_size % world:
-        raise UserError(
-            f"loop.batch_size={loop.batch_size} cannot be shared by {world} processes; "
-            f"take a multiple of {world}"
-        )
-    micro = loop.micro_batch_size or loop.batch_size // world
-    if isinstance(recipe.objective, GrpoObjective):
-        return micro
-    if loop.batch_size % (micro * world):
-        raise UserError(
-            f"loop.batch_size={loop.batch_size} is not a multiple of "
-            f"micro_batch_size * processes = {micro} * {world}; change one of them"
-        )
-    return micro
 
 
 def count_steps(recipe: Recipe, tokenizer: Any) -> int:
