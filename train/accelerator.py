@@ -1,9 +1,9 @@
 """Accelerate's set-up for a recipe, and how a step's rows are shared out over the ranks."""
 
-import os
 from typing import Any
 
 from mnemic.train.errors import UserError
+from mnemic.train.launch import launched
 from mnemic.train.recipe.memory import GrpoObjective
 from mnemic.train.recipe.recipe import Recipe
 from mnemic.train.recipe.training import Loop
@@ -31,11 +31,6 @@ def make_accelerator(loop: Loop, *, unused: bool = False) -> Any:
     if fsdp and cpu and accelerator.num_processes > 1:
         _shard_on_cpu(accelerator)
     return accelerator
-
-
-def launched(engine: str) -> bool:
-    """Whether the launcher has announced `FSDP` or `DEEPSPEED` in the environment."""
-    return os.environ.get(f"ACCELERATE_USE_{engine}") == "true"
 
 
 def _shard_on_cpu(accelerator: Any) -> None:

@@ -1,7 +1,11 @@
 """Checkpoints that no crash can tear: temp folder, fsync, manifest with checksums, rename, fsync.
 
-    checkpoints/step-00000040/manifest.json       format, step, sha256 and bytes of each file
+    checkpoints/step-00000040/manifest.json       format, step, engine, number of ranks, sha256 and
+                                                  bytes of each file
                              model.safetensors    trained weights (a frozen base is not copied)
+                             sharded/             in its place under FSDP2: weights and optimizer
+                                                  state, each rank's rows in a file (sharded.py)
+                             accelerate/          in its place under DeepSpeed: the engine's own
                              trainer.pt           all other state; read with weights_only=True
 
 The folder's name appears only when everything in it is on disk.
@@ -80,8 +84,12 @@ class CheckpointWriter:
     writing.
     """
 
-    def __init__(self, folder: Path, step: int, *, needed_bytes: int = 0) -> None:
+    def __init__(
+        self, folder: Path, step: int, *, needed_bytes: int = 0, engine: str | None = None,
+        ranks: int = 1,
+    ) -> None:  # fmt: skip
         self.folder, self.step, self.needed_bytes = folder, step, needed_bytes
+        self.engine, self.ranks = engine, ranks
         self.final = folder / checkpoint_name(step)
         self.temp = folder / f".tmp-{self.final.name}"
 
@@ -115,7 +123,10 @@ class CheckpointWriter:
                 os.fsync(file.fileno())
             name = str(path.relative_to(self.temp))
             files[name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-        manifest = {"format": FORMAT, "step": self.step, "files": files}
+        manifest = {
+            "format": FORMAT, "step": self.step, "engine": self.engine, "ranks": self.ranks,
+            "files": files,
+        }  # fmt: skip
         write_atomic(self.temp / MANIFEST, json.dumps(manifest, indent=1).encode())
         if self.final.exists():
             os.rename(self.final, self.folder / f".tmp-old-{self.final.name}")
@@ -154,6 +165,17 @@ def prune(folder: Path, keep: int, protect: set[int]) -> None:
     for step, path in found[: max(0, len(found) - keep)]:
         if step not in protect:
             discard(path)
+
+
+def written_by(path: Path) -> tuple[str | None, int | None]:
+    """The engine and the number of ranks that wrote a checkpoint; None where it does not say, which
+    `verify` looks into.
+    """
+    try:
+        manifest = json.loads((path / MANIFEST).read_bytes())
+        return manifest.get("engine"), manifest.get("ranks")
+    except (OSError, ValueError, AttributeError):
+        return None, None
 
 
 def verify(path: Path) -> dict[str, Any]:

@@ -114,9 +114,9 @@ def _of_run(name: str, overrides: list[str]) -> Target:
     memory = _memory(recipe, name)
     memory, stream = with_settings(memory, _stream(recipe), overrides)
     newest, final = folder.newest(), folder.final
-    gone = newest is None or not (newest / "model.safetensors").is_file()
+    gone = newest is None or (newest / "accelerate").is_dir()
     if gone and (final / "memory.json").is_file():
-        # Checkpoints were cleared, or are a sharded engine's: the result is there.
+        # Checkpoints were cleared, or are DeepSpeed's: the result is there.
         model, tokenizer = _read_model(final)
     else:
         model, tokenizer, _ = load_run(name)

@@ -19,9 +19,15 @@ def export_model(
     """Write the trainer's model and its tokenizer to `target`, replacing it whole; `memory`: how it
     manages one, as memory.json; `recipe`: what a bank's bank.json names of it.
     """
+    from mnemic.train.sharded import gather
+
     trainer.accelerator.wait_for_everyone()
     # Sharded weights are gathered by all ranks together; others are where they are.
-    state = trainer.accelerator.get_state_dict(trainer.model) if trainer.sharded else None
+    state = None
+    if trainer.engine == "fsdp2":
+        state = gather(trainer.module, keep=trainer.is_main)
+    elif trainer.sharded:
+        state = trainer.accelerator.get_state_dict(trainer.model)
     if trainer.is_main:
         write_model(trainer.module, tokenizer, target, state=state, memory=memory, recipe=recipe)
     trainer.accelerator.wait_for_everyone()
@@ -66,7 +72,7 @@ def load_run(
     at its last commit. A streamed model stays where it is, unless `in_memory` (adapters only).
     """
     from mnemic.train.build import build_model, run_tokenizer
-    from mnemic.train.state import load_trained
+    from mnemic.train.sharded import load_weights
 
     folder, recipe = open_run(run_dir)
     streamed = recipe.update.kind == "streamed"
@@ -94,24 +100,24 @@ def load_run(
         return loaded.model, tokenizer, recipe
     assert source is not None
     verify(source)
-    if not (source / "model.safetensors").is_file():
+    if (source / "accelerate").is_dir():
         raise UserError(
-            f"{source}: was written by a sharded engine; use {folder.final} with from_pretrained"
+            f"{source}: was written by DeepSpeed; use {folder.final} with from_pretrained"
         )
     tokenizer = run_tokenizer(recipe, folder.path)
     model = build_model(recipe, tokenizer)
-    load_trained(model, source / "model.safetensors")
+    load_weights(model, source)
     model.eval()
     return model, tokenizer, recipe
 
 
 def average_checkpoints(model: Any, folder: Path, count: int) -> None:
     """Put the mean, in fp32, of the newest `count` checkpoints' weights into `model` (MemSifter,
-    arXiv 2603.03379, averages three). Too few, or ones of a sharded engine, are a `UserError`.
+    arXiv 2603.03379, averages three). Too few, or ones of DeepSpeed, are a `UserError`.
     """
     import torch
-    from safetensors.torch import load_file
 
+    from mnemic.train.sharded import load_weights
     from mnemic.train.state import trained_tensors
 
     found = [path for _, path in list_checkpoints(folder)][-count:]
@@ -123,9 +129,10 @@ def average_checkpoints(model: Any, folder: Path, count: int) -> None:
     sums: dict[str, Any] = {}
     for path in found:
         verify(path)
-        if not (path / "model.safetensors").is_file():
-            raise UserError(f"{path}: was written by a sharded engine; --average cannot read it")
-        for name, tensor in load_file(path / "model.safetensors").items():
+        if (path / "accelerate").is_dir():
+            raise UserError(f"{path}: was written by DeepSpeed; --average cannot read it")
+        load_weights(model, path)
+        for name, tensor in trained_tensors(model).items():
             if not tensor.is_floating_point():
                 raise UserError(f"{path}: {name} is {tensor.dtype}; --average needs real weights")
             sums[name] = tensor.float() + sums.get(name, 0.0)

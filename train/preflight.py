@@ -11,6 +11,7 @@ from mnemic.train.data.formats import FormatError
 from mnemic.train.data.rows import BadRow, Source
 from mnemic.train.data.sources import open_source
 from mnemic.train.errors import UserError
+from mnemic.train.launch import check_sharded
 from mnemic.train.objectives.check import check_row
 from mnemic.train.recipe.data import Data, HubData, KvStreamData, ParquetData
 from mnemic.train.recipe.recipe import Recipe
@@ -95,6 +96,7 @@ def check_environment(recipe: Recipe) -> None:
             "adapters.kind=qlora quantises a pretrained model; the tiny one is built in fp32"
         )
     check_optimizer(recipe.optimizer.kind)
+    check_sharded(recipe)
     engines = [e for e in ("FSDP", "DEEPSPEED") if os.environ.get(f"ACCELERATE_USE_{e}") == "true"]
     check_tokens_launch(recipe, engines)
     if recipe.objective.kind == "grpo" and engines:
@@ -207,24 +209,11 @@ def check_optimizer(kind: str) -> None:
                 f"{key} needs whole tensors, and FSDP shards them; set optimizer.kind=apollo, "
                 "apollo_mini or adamw, or launch with DDP"
             )
-        if kind.startswith("apollo") and os.environ.get("FSDP_VERSION", "1") != "2":
+        if os.environ.get("FSDP_VERSION", "1") != "2":
             raise UserError(
-                f"{key} needs the rows of a matrix, and FSDP 1 flattens them; launch with "
-                "fsdp_version: 2 in the accelerate configuration, or with DDP"
+                f"{key} and checkpoints need the rows of a matrix, and FSDP 1 flattens them; "
+                "launch with fsdp_version: 2 in the accelerate configuration, or with DDP"
             )
-
-
-def check_resume(start: Path | None) -> None:
-    """Whether the engine that was launched can go on from a checkpoint."""
-    config = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "")
-    if start is None or not config or not Path(config).is_file():
-        return
-    if '"nvme"' in Path(config).read_text("utf-8"):
-        raise UserError(
-            f"{start}: DeepSpeed does not restore the optimizer states that it keeps on NVMe, so a "
-            "resumed run would be another run; choose another run_dir, or launch with "
-            "zero3_cpu.yaml, which resumes"
-        )
 
 
 def is_main_process() -> bool:

@@ -13,11 +13,11 @@ from mnemic.train.accelerator import make_accelerator, micro_batch_size
 from mnemic.train.checkpoint import list_checkpoints, write_atomic
 from mnemic.train.errors import UserError
 from mnemic.train.folder import RunFolder
+from mnemic.train.launch import check_resume
 from mnemic.train.plan.budget import check_one_process, within_budget
 from mnemic.train.preflight import (
     check_data,
     check_environment,
-    check_resume,
     is_main_process,
 )
 from mnemic.train.recipe.distill import DistillObjective

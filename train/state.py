@@ -1,8 +1,9 @@
 """What a checkpoint holds of a run, as tensors and plain values: trained weights and the trainer's
 state.
 
-One process and DDP write `model.safetensors` + `trainer.pt`. Sharded engines (FSDP2, DeepSpeed)
-keep model and optimizer in accelerate's own layout under `accelerate/`, in the same atomic folder.
+One process and DDP write `model.safetensors` + `trainer.pt`. Under FSDP2 each rank writes its rows
+(sharded.py); DeepSpeed keeps model and optimizer in its own layout under `accelerate/`, in the same
+atomic folder.
 """
 
 import random

@@ -11,6 +11,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,10 @@ from mnemic.train.callbacks.base import Callback, MetricsRow
 from mnemic.train.checkpoint import CheckpointWriter, list_checkpoints, prune, verify
 from mnemic.train.errors import UserError
 from mnemic.train.objectives.base import Objective
+from mnemic.train.sharded import FOLDER, load_optimizer, load_weights, save_parts, tensors_of
 from mnemic.train.state import (
     autocast_of,
     bytes_of,
-    load_trained,
     save_tensors,
     seed_step,
     trained_tensors,
@@ -82,8 +83,14 @@ class Trainer:
         return self.accelerator.unwrap_model(self.model)
 
     @property
+    def engine(self) -> str | None:
+        """What holds the model in shards: "fsdp2", "deepspeed", or None where copies are whole."""
+        name = str(self.accelerator.distributed_type).rsplit(".", 1)[-1]
+        return {"FSDP": "fsdp2", "DEEPSPEED": "deepspeed"}.get(name)
+
+    @property
     def sharded(self) -> bool:
-        return str(self.accelerator.distributed_type).rsplit(".", 1)[-1] in ("FSDP", "DEEPSPEED")
+        return self.engine is not None
 
     @property
     def _apart(self) -> bool:
@@ -224,9 +231,13 @@ class Trainer:
                 callback.before_save(self, self.step)
         state = self.state_dict()
         own = self.update.owns_weights
-        tensors = {} if self.sharded or own else trained_tensors(self.module)
+        tensors: dict[str, Any] = {}
+        if self.engine == "fsdp2":
+            tensors = tensors_of(self.module, self.optimizer)
+        elif not self.sharded and not own:
+            tensors = trained_tensors(self.module)
         writer = CheckpointWriter(
-            self.checkpoints, self.step,
+            self.checkpoints, self.step, engine=self.engine, ranks=self.accelerator.num_processes,
             needed_bytes=bytes_of(state) + bytes_of(tensors) + self.update.checkpoint_bytes,
         )  # fmt: skip
         if not self.sharded:
@@ -237,14 +248,16 @@ class Trainer:
                     save_tensors(tensors, temp / "model.safetensors")
                 torch.save(state, temp / "trainer.pt")
             return
-        if self.is_main:
-            writer.__enter__()
-        self.accelerator.wait_for_everyone()
-        self.accelerator.save_state(str(writer.temp / "accelerate"))
-        self.accelerator.wait_for_everyone()
-        if self.is_main:
-            torch.save(state, writer.temp / "trainer.pt")
-            writer.__exit__(None, None, None)
+        # Rank 0 makes the folder and commits it; each rank writes its part.
+        with writer if self.is_main else nullcontext():
+            self.accelerator.wait_for_everyone()
+            if self.engine == "fsdp2":
+                save_parts(self.module, self.optimizer, writer.temp / FOLDER)
+            else:
+                self.accelerator.save_state(str(writer.temp / "accelerate"))
+            self.accelerator.wait_for_everyone()
+            if self.is_main:
+                torch.save(state, writer.temp / "trainer.pt")
 
     def resume(self, path: Path) -> None:
         """Put everything back to the checkpoint at `path`, after checking every file of it.
@@ -255,18 +268,25 @@ class Trainer:
         if self.is_main:
             verify(path)
         self.accelerator.wait_for_everyone()
-        state = torch.load(path / "trainer.pt", map_location="cpu", weights_only=True)
-        if (path / "accelerate").is_dir() != self.sharded:
-            way = "without" if self.sharded else "with"
+        # Of a whole optimizer's state, ranks under FSDP2 read their rows only.
+        state = torch.load(
+            path / "trainer.pt", map_location="cpu", weights_only=True, mmap=self.sharded
+        )
+        if (path / "accelerate").is_dir() != (self.engine == "deepspeed"):
+            way = "without" if self.engine == "deepspeed" else "under"
             raise UserError(
-                f"{path}: written {way} a sharded engine; resume it {way} FSDP or DeepSpeed"
+                f"{path}: written {way} DeepSpeed, whose checkpoints no other engine reads; "
+                f"resume it {way} DeepSpeed, or choose another run_dir"
             )
-        if self.sharded:
+        if self.engine == "deepspeed":
             self.accelerator.load_state(str(path / "accelerate"))
         elif self.update.owns_weights:
             self.update.read(path)
         else:
-            load_trained(self.module, path / "model.safetensors")
+            load_weights(self.module, path)
+            if self.sharded or (path / FOLDER).is_dir():
+                load_optimizer(self.module, self.optimizer, path, state["optimizer"])
+                del state["optimizer"]
         if path.resolve().parent != self.checkpoints.resolve():
             state |= {"callbacks": {}, "protected_steps": []}
         else:
@@ -294,7 +314,7 @@ class Trainer:
         self.protected_steps = set(state["protected_steps"])
         self.objective.load_state_dict(state["objective"])
         self.update.load_state_dict(state.get("update", {}))
-        if not self._apart:
+        if not self._apart and "optimizer" in state:
             self.optimizer.load_state_dict(state["optimizer"])
         for callback in self.callbacks:
             if callback.name in state["callbacks"]:

@@ -1,41 +1,11 @@
 """Several processes give what one gives: whole runs by torchrun and gloo."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 from memory_support import grpo_tree
+from ranks import close, train
 from support import lm_tree, rows_of, weights_of, write_recipe
 
 pytestmark = pytest.mark.dist
-
-
-def train(folder, ranks: int, *overrides) -> None:
-    command = [sys.executable, "-m", "mnemic.train.cli"]
-    if ranks > 1:
-        command = [
-            sys.executable, "-m", "torch.distributed.run", "--standalone",
-            f"--nproc_per_node={ranks}", "-m", "mnemic.train.cli",
-        ]  # fmt: skip
-    done = subprocess.run(
-        [*command, "train", "recipe.yaml", *overrides], cwd=folder, capture_output=True, text=True,
-        timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
-def close(folder, other) -> None:
-    """Rows of metrics.jsonl within 1e-5, weights within what that makes of them."""
-    import torch
-
-    for row, expected in zip(rows_of(folder / "run"), rows_of(other / "run"), strict=True):
-        assert row.keys() == expected.keys()
-        for key, value in expected.items():
-            assert row[key] == pytest.approx(value, rel=1e-5), (key, row["step"])
-    weights = weights_of(other / "run" / "final")
-    for name, weight in weights_of(folder / "run" / "final").items():
-        torch.testing.assert_close(weight, weights[name], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("update", ["plain", "in_backward"])

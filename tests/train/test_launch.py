@@ -8,7 +8,8 @@ from support import lm_tree
 
 from mnemic.train.build import build_model, build_tokenizer
 from mnemic.train.errors import UserError
-from mnemic.train.preflight import check_environment, check_optimizer, check_resume
+from mnemic.train.launch import check_resume
+from mnemic.train.preflight import check_environment, check_optimizer
 from mnemic.train.recipe.load import build_recipe
 
 ACCELERATE = Path(__file__).parent.parent.parent / "recipes" / "accelerate"

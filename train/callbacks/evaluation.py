@@ -121,15 +121,18 @@ class EvaluationCallback(Callback):
         model.eval()
         pad_id = self.tokenizer.pad_token_id
         loss = weight = 0.0
-        rows = sorted(self.examples, key=lambda e: len(e.input_ids))[rank::world]
-        for chunk in chunks_of(rows, self.batch_size, 1, lambda row: row.operation):
+        for chunk, counts in self._batches(trainer, rank, world):
             batch = collate(chunk, pad_id=pad_id, packed=False)
             with trainer.autocast():
                 value, _ = self.objective.loss(model, batch.to(trainer.accelerator.device))
-            loss, weight = loss + float(value), weight + batch.weight
-        mine = list(self.probes)[rank::world]
+            loss, weight = loss + counts * float(value), weight + counts * batch.weight
+        # A model in shards writes on all ranks together: all ask the same, and the first counts.
+        mine = list(self.probes) if trainer.sharded else list(self.probes)[rank::world]
         texts = self._answers(trainer, model, mine)
-        right = [t.strip() == p.reference.strip() for t, p in zip(texts, mine, strict=True)]
+        counts = trainer.is_main or not trainer.sharded
+        right = [
+            counts and t.strip() == p.reference.strip() for t, p in zip(texts, mine, strict=True)
+        ]
         named = sorted({probe.operation for probe in self.probes if probe.operation is not None})
         own = [
             float(sum(hit for hit, p in zip(right, mine, strict=True) if p.operation == operation))
@@ -151,6 +154,23 @@ class EvaluationCallback(Callback):
                 self._write_samples(step, mine, texts)
         found["perf/eval_seconds"] = time.perf_counter() - start
         return found
+
+    def _batches(
+        self, trainer: "Trainer", rank: int, world: int
+    ) -> list[tuple[list[Example], bool]]:
+        """This rank's rows in batches, and whether they count. Each forward of a model in shards
+        gathers weights from all ranks, so one with fewer batches runs another that does not count.
+        """
+        rows = sorted(self.examples, key=lambda e: len(e.input_ids))
+        shares = [
+            chunks_of(rows[r::world], self.batch_size, 1, lambda row: row.operation)
+            for r in range(world)
+        ]
+        own = [(chunk, True) for chunk in shares[rank]]
+        if trainer.sharded and shares[0]:
+            most = max(len(share) for share in shares)
+            own += [(shares[0][0], False)] * (most - len(own))
+        return own
 
     def _answers(self, trainer: "Trainer", model: Any, probes: list[Probe]) -> list[str]:
         """Greedy, in the order of `probes`; those of an operation by its expert."""

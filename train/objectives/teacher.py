@@ -26,7 +26,6 @@ def distillation(
     """
     part = recipe.objective
     assert isinstance(part, DistillObjective)
-    _check_launch(part, str(accelerator.distributed_type).rsplit(".", 1)[-1])
     with accelerator.main_process_first():
         teacher = build_teacher(part, tokenizer, model)
     if part.packing and not keeps_packed_rows_apart(teacher):
@@ -45,19 +44,6 @@ def distillation(
         divergence=Divergence(part.divergence, part.temperature, part.jsd_beta),
         hard_weight=part.hard_weight, sampler=sampler,
     )  # fmt: skip
-
-
-def _check_launch(part: DistillObjective, engine: str) -> None:
-    if engine == "DEEPSPEED":
-        raise UserError(
-            "objective.kind=distill runs a second model, which DeepSpeed's set-up would shard with "
-            "the first; launch with DDP or FSDP2"
-        )
-    if engine == "FSDP" and part.on_policy:
-        raise UserError(
-            f"objective.on_policy={part.on_policy:g} samples on each rank by itself, and FSDP "
-            "gathers weights on all of them together; set it to 0, or launch with DDP"
-        )
 
 
 def teacher_folder(part: DistillObjective) -> str:
