@@ -1,11 +1,12 @@
-"""Accelerate's set-up for a recipe, and how a step's rows are shared out over the ranks."""
+"""Accelerate's set-up for a recipe."""
 
+import socket
+import uuid
+from pathlib import Path
 from typing import Any
 
 from mnemic.train.errors import UserError
 from mnemic.train.launch import launched
-from mnemic.train.recipe.memory import GrpoObjective
-from mnemic.train.recipe.recipe import Recipe
 from mnemic.train.recipe.training import Loop
 
 
@@ -33,6 +34,33 @@ def make_accelerator(loop: Loop, *, unused: bool = False) -> Any:
     return accelerator
 
 
+def check_shared(accelerator: Any, folder: Path) -> None:
+    """`UserError` on every rank unless all see the run folder that rank 0 sees: each of them reads
+    checkpoints there, and under FSDP2 writes its part of them.
+    """
+    if accelerator.num_processes == 1:
+        return
+    from accelerate.utils import broadcast_object_list, gather_object
+
+    # A name that nobody has asked for before: a file system's memory of absent files knows it not.
+    name = f".shared-{uuid.uuid4().hex}"
+    if accelerator.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    (name,) = broadcast_object_list([name])
+    own = (accelerator.process_index, socket.gethostname(), (folder / name).exists())
+    found = gather_object([own])
+    if accelerator.is_main_process:
+        (folder / name).unlink()
+    lacking = [f"{rank} ({host})" for rank, host, seen in found if not seen]
+    if lacking:
+        raise UserError(
+            f"run_dir: {folder} is another folder, or none, on rank {', '.join(lacking)} than on "
+            f"rank 0 ({found[0][1]}); give the path of a folder on a file system that all machines "
+            "share"
+        )
+
+
 def _shard_on_cpu(accelerator: Any) -> None:
     """Make CPU ranks shard too: accelerate reads FSDP's settings, takes them for accelerators only,
     and would go on with whole copies without a word. torch's `fully_shard` works over gloo.
@@ -47,24 +75,3 @@ def _shard_on_cpu(accelerator: Any) -> None:
     found = {"distributed_type": DistributedType.FSDP, "fsdp_plugin": plugin}
     AcceleratorState._shared_state.update(found)
     PartialState._shared_state["distributed_type"] = DistributedType.FSDP
-
-
-def micro_batch_size(recipe: Recipe, world: int) -> int:
-    """Rows in one forward; `UserError` where the global batch does not divide evenly over the
-    ranks. Rollouts need not: each gives as many rows as its stream has chunks.
-    """
-    loop = recipe.loop
-    if loop.batch_size % world:
-        raise UserError(
-            f"loop.batch_size={loop.batch_size} cannot be shared by {world} processes; "
-            f"take a multiple of {world}"
-        )
-    micro = loop.micro_batch_size or loop.batch_size // world
-    if isinstance(recipe.objective, GrpoObjective):
-        return micro
-    if loop.batch_size % (micro * world):
-        raise UserError(
-            f"loop.batch_size={loop.batch_size} is not a multiple of "
-            f"micro_batch_size * processes = {micro} * {world}; change one of them"
-        )
-    return micro

@@ -7,12 +7,39 @@ from pathlib import Path
 
 from mnemic.train.checkpoint import written_by
 from mnemic.train.errors import UserError
+from mnemic.train.recipe.memory import GrpoObjective
 from mnemic.train.recipe.recipe import Recipe
+
+
+def num_ranks() -> int:
+    """Processes of this run on all machines, as torchrun and accelerate launch say."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def launched(engine: str) -> bool:
     """Whether the launcher has announced `FSDP` or `DEEPSPEED` in the environment."""
     return os.environ.get(f"ACCELERATE_USE_{engine}") == "true"
+
+
+def micro_batch_size(recipe: Recipe, world: int) -> int:
+    """Rows in one forward; `UserError` where the global batch does not divide evenly over the
+    ranks. Rollouts need not: each gives as many rows as its stream has chunks.
+    """
+    loop = recipe.loop
+    if loop.batch_size % world:
+        raise UserError(
+            f"loop.batch_size={loop.batch_size} cannot be shared by {world} processes; "
+            f"take a multiple of {world}"
+        )
+    micro = loop.micro_batch_size or loop.batch_size // world
+    if isinstance(recipe.objective, GrpoObjective):
+        return micro
+    if loop.batch_size % (micro * world):
+        raise UserError(
+            f"loop.batch_size={loop.batch_size} is not a multiple of "
+            f"micro_batch_size * processes = {micro} * {world}; change one of them"
+        )
+    return micro
 
 
 def check_sharded(recipe: Recipe) -> None:
@@ -49,8 +76,14 @@ def check_resume(start: Path | None) -> None:
     if start is None:
         return
     engine, ranks = written_by(start)
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if engine == "deepspeed" and launched("DEEPSPEED") and ranks not in (None, world):
+    world = num_ranks()
+    if ranks is not None and (engine == "deepspeed") != launched("DEEPSPEED"):
+        way = "under" if engine == "deepspeed" else "without"
+        raise UserError(
+            f"{start}: written {way} DeepSpeed, whose checkpoints no other engine reads, and which "
+            f"reads none of theirs; resume it {way} DeepSpeed, or choose another run_dir"
+        )
+    if engine == "deepspeed" and ranks is not None and ranks != world:
         raise UserError(
             f"{start}: written by {ranks} ranks of DeepSpeed, which does not spread its optimizer "
             f"states over {world}; launch {ranks} processes, or choose another run_dir. Runs under "

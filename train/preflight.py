@@ -11,7 +11,7 @@ from mnemic.train.data.formats import FormatError
 from mnemic.train.data.rows import BadRow, Source
 from mnemic.train.data.sources import open_source
 from mnemic.train.errors import UserError
-from mnemic.train.launch import check_sharded
+from mnemic.train.launch import check_sharded, launched, micro_batch_size, num_ranks
 from mnemic.train.objectives.check import check_row
 from mnemic.train.recipe.data import Data, HubData, KvStreamData, ParquetData
 from mnemic.train.recipe.recipe import Recipe
@@ -95,9 +95,11 @@ def check_environment(recipe: Recipe) -> None:
         raise UserError(
             "adapters.kind=qlora quantises a pretrained model; the tiny one is built in fp32"
         )
+    engines = [e for e in ("FSDP", "DEEPSPEED") if launched(e)]
+    if recipe.update.kind == "streamed":
+        check_streamed(recipe, engines)
     check_optimizer(recipe.optimizer.kind)
     check_sharded(recipe)
-    engines = [e for e in ("FSDP", "DEEPSPEED") if os.environ.get(f"ACCELERATE_USE_{e}") == "true"]
     check_tokens_launch(recipe, engines)
     if recipe.objective.kind == "grpo" and engines:
         raise UserError(
@@ -106,17 +108,16 @@ def check_environment(recipe: Recipe) -> None:
         )
     if adapters.kind == "bank" and len(adapters.operations) > 1:
         check_joint(recipe, engines)
-    if recipe.update.kind == "streamed":
-        check_streamed(recipe, engines)
     if recipe.update.kind == "in_backward" and engines:
         raise UserError(
             "update.kind=in_backward works on one device or with whole copies on several; set "
             "update.kind=plain, or launch without FSDP and DeepSpeed"
         )
-    if model.weights == "int8" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if model.weights == "int8" and num_ranks() > 1:
         raise UserError(
             "model.weights=int8 trains in one process; launch one, or set model.weights=full"
         )
+    micro_batch_size(recipe, num_ranks())
     if model.kind == "pretrained":
         path = Path(model.path).expanduser()
         looks_local = model.path.startswith((".", "/", "~")) or model.path.count("/") > 1
@@ -151,7 +152,7 @@ def check_joint(recipe: Recipe, engines: list[str]) -> None:
             "adapters.kind=bank with several operations leaves weights without a gradient in each "
             "batch, which FSDP and DeepSpeed do not take; launch with DDP, or train one operation"
         )
-    if recipe.update.kind == "in_backward" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if recipe.update.kind == "in_backward" and num_ranks() > 1:
         raise UserError(
             "update.kind=in_backward averages a weight over all ranks in the backward, and ranks "
             "train different experts of a bank then; set update.kind=plain, or train one operation"
@@ -160,7 +161,7 @@ def check_joint(recipe: Recipe, engines: list[str]) -> None:
 
 def check_streamed(recipe: Recipe, engines: list[str]) -> None:
     """What a streamed run cannot be launched with, and what has no effect on it."""
-    if engines or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if engines or num_ranks() > 1:
         raise UserError(
             "update.kind=streamed trains on one device; launch one process, or set "
             "update.kind=plain and shard by recipes/accelerate/fsdp2.yaml or zero3_nvme.yaml"

@@ -9,11 +9,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mnemic.train.accelerator import make_accelerator, micro_batch_size
+from mnemic.train.accelerator import check_shared, make_accelerator
 from mnemic.train.checkpoint import list_checkpoints, write_atomic
 from mnemic.train.errors import UserError
 from mnemic.train.folder import RunFolder
-from mnemic.train.launch import check_resume
+from mnemic.train.launch import check_resume, micro_batch_size
 from mnemic.train.plan.budget import check_one_process, within_budget
 from mnemic.train.preflight import (
     check_data,
@@ -104,6 +104,7 @@ def _run(
     streamed: Any = None
     joint = isinstance(recipe.adapters, Bank) and len(recipe.adapters.operations) > 1
     accelerator = make_accelerator(recipe.loop, unused=joint)
+    check_shared(accelerator, folder.path)
     if accelerator.num_processes > 1:
         from accelerate.utils import broadcast_object_list
 

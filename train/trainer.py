@@ -272,12 +272,6 @@ class Trainer:
         state = torch.load(
             path / "trainer.pt", map_location="cpu", weights_only=True, mmap=self.sharded
         )
-        if (path / "accelerate").is_dir() != (self.engine == "deepspeed"):
-            way = "without" if self.engine == "deepspeed" else "under"
-            raise UserError(
-                f"{path}: written {way} DeepSpeed, whose checkpoints no other engine reads; "
-                f"resume it {way} DeepSpeed, or choose another run_dir"
-            )
         if self.engine == "deepspeed":
             self.accelerator.load_state(str(path / "accelerate"))
         elif self.update.owns_weights:

@@ -7,6 +7,7 @@ from memory_support import grpo_tree
 from support import lm_tree
 
 from mnemic.train.build import build_model, build_tokenizer
+from mnemic.train.checkpoint import CheckpointWriter
 from mnemic.train.errors import UserError
 from mnemic.train.launch import check_resume
 from mnemic.train.preflight import check_environment, check_optimizer
@@ -71,4 +72,48 @@ def test_rollouts_are_not_written_by_shards(engine, tmp_path, monkeypatch):
     monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")
     monkeypatch.setenv("FSDP_VERSION", "2")
     with pytest.raises(UserError, match=r"objective\.kind=grpo .*launch with DDP"):
+        check_environment(recipe)
+
+
+@pytest.mark.parametrize(("ranks", "fits"), [("2", True), ("1", False), ("4", False)])
+def test_deepspeed_goes_on_with_as_many_ranks_as_wrote_the_checkpoint(
+    ranks, fits, tmp_path, monkeypatch
+):
+    with CheckpointWriter(tmp_path, 4, engine="deepspeed", ranks=2) as temp:
+        (temp / "trainer.pt").write_bytes(b"")
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("WORLD_SIZE", ranks)
+    start = tmp_path / "step-00000004"
+    if fits:
+        check_resume(start)
+        return
+    with pytest.raises(UserError, match=rf"written by 2 ranks of DeepSpeed.* over {ranks}; launch"):
+        check_resume(start)
+
+
+@pytest.mark.parametrize(("launched", "wrote"), [(True, None), (False, "deepspeed")])
+def test_deepspeed_and_others_do_not_read_each_other(launched, wrote, tmp_path, monkeypatch):
+    with CheckpointWriter(tmp_path, 4, engine=wrote):
+        pass
+    if launched:
+        monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    way = "without" if launched else "under"
+    with pytest.raises(UserError, match=f"written {way} DeepSpeed.*resume it {way} DeepSpeed"):
+        check_resume(tmp_path / "step-00000004")
+
+
+@pytest.mark.parametrize(
+    ("changes", "engine", "key"),
+    [
+        ({"optimizer": {"kind": "apollo", "rest": "adamw8bit"}}, "FSDP", r"optimizer\.rest"),
+        ({"loop": {"batch_size": 3}}, "FSDP", r"loop\.batch_size=3 cannot be shared by 2"),
+    ],
+)
+def test_what_shards_cannot_do_is_refused(changes, engine, key, tmp_path, monkeypatch):
+    recipe = build_recipe(lm_tree(tmp_path, **changes))
+    check_environment(recipe)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    with pytest.raises(UserError, match=key):
         check_environment(recipe)
