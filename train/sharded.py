@@ -33,11 +33,10 @@ def save_parts(module: nn.Module, optimizer: Any, folder: Path) -> None:
     """Write this rank's rows of the trained weights and of `optimizer`'s state; all ranks
     together.
     """
-    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.filesystem import FileSystemWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
 
-    dcp.save(
-        tensors_of(module, optimizer), storage_writer=dcp.FileSystemWriter(folder), no_dist=_alone()
-    )
+    save(tensors_of(module, optimizer), storage_writer=FileSystemWriter(folder), no_dist=_alone())
 
 
 def tensors_of(module: nn.Module, optimizer: Any) -> dict[str, Tensor]:
@@ -146,7 +145,7 @@ def _shape(value: Any) -> Any:
 
 def _saved(folder: Path) -> dict[str, Any]:
     """DCP's metadata: names of tensors to what is known of them."""
-    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
 
     return FileSystemReader(folder).read_metadata().state_dict_metadata
 
@@ -176,12 +175,13 @@ def _check_same(path: Path, saved: dict[str, Any], present: dict[str, Tensor]) -
 
 def _read(folder: Path, wanted: dict[str, Tensor]) -> None:
     """Fill `wanted`, each rank its own rows."""
-    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.state_dict_loader import load
 
     with torch.no_grad(), warnings.catch_warnings():
         # One process reads all rows: that is what it is for.
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        dcp.load(wanted, storage_reader=dcp.FileSystemReader(folder), no_dist=_alone())
+        load(wanted, storage_reader=FileSystemReader(folder), no_dist=_alone())
 
 
 def _load_rows(module: nn.Module, path: Path) -> None:
