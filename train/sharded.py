@@ -145,9 +145,9 @@ def _shape(value: Any) -> Any:
 
 def _saved(folder: Path) -> dict[str, Any]:
     """DCP's metadata: names of tensors to what is known of them."""
-    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from mnemic.train.sharded_reader import SafeReader
 
-    return FileSystemReader(folder).read_metadata().state_dict_metadata
+    return SafeReader(folder).read_metadata().state_dict_metadata
 
 
 def _templates(module: nn.Module, folder: Path) -> dict[str, Tensor]:
@@ -175,13 +175,14 @@ def _check_same(path: Path, saved: dict[str, Any], present: dict[str, Tensor]) -
 
 def _read(folder: Path, wanted: dict[str, Tensor]) -> None:
     """Fill `wanted`, each rank its own rows."""
-    from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.state_dict_loader import load
+
+    from mnemic.train.sharded_reader import SafeReader
 
     with torch.no_grad(), warnings.catch_warnings():
         # One process reads all rows: that is what it is for.
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        load(wanted, storage_reader=FileSystemReader(folder), no_dist=_alone())
+        load(wanted, storage_reader=SafeReader(folder), no_dist=_alone())
 
 
 def _load_rows(module: nn.Module, path: Path) -> None:
