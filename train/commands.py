@@ -30,7 +30,9 @@ def train(args: Namespace) -> int:
 
     from mnemic.train.preflight import is_main_process
     from mnemic.train.run import run
+    from mnemic.train.sweep import as_trial
 
+    recipe = as_trial(recipe)
     # A long line is one line in a log file, whatever width rich assumes there.
     console = Console(soft_wrap=True)
     summary = run(recipe, console)

@@ -21,16 +21,17 @@ from mnemic.train.preflight import (
     is_main_process,
 )
 from mnemic.train.recipe.distill import DistillObjective
-from mnemic.train.recipe.load import dump_recipe
 from mnemic.train.recipe.memory import GrpoObjective
 from mnemic.train.recipe.model import Bank
 from mnemic.train.recipe.recipe import Recipe
 from mnemic.train.recipe.training import InBackwardUpdate as InBackwardPart
-from mnemic.train.recipe.training import Loop, WandbTracking
+from mnemic.train.recipe.training import Loop
 from mnemic.train.recipe.training import StreamedUpdate as StreamedPart
+from mnemic.train.tracking import build_tracker, tracked_plan
 
 if TYPE_CHECKING:
     from mnemic.train.offload.work import WorkFolders
+    from mnemic.train.report.planned import Planned
 
 log = logging.getLogger("mnemic")
 
@@ -48,6 +49,7 @@ def run(recipe: Recipe, console: Any) -> dict[str, Any]:
         if recipe.loop.memory_budget is not None:
             recipe = within_budget(recipe, folder)
         start = folder.claim(recipe)
+    planned = tracked_plan(recipe, folder) if is_main_process() else None
     work = None
     try:
         check_resume(start)
@@ -59,7 +61,7 @@ def run(recipe: Recipe, console: Any) -> dict[str, Any]:
             work.claim()
             settle_malloc()
         with ExitStack() as stack:
-            return _run(recipe, folder, start, console, work, stack)
+            return _run(recipe, folder, start, console, work, stack, planned)
     finally:
         if work is not None:
             work.release()
@@ -68,7 +70,7 @@ def run(recipe: Recipe, console: Any) -> dict[str, Any]:
 
 def _run(
     recipe: Recipe, folder: RunFolder, start: Path | None, console: Any,
-    work: "WorkFolders | None", stack: ExitStack,
+    work: "WorkFolders | None", stack: ExitStack, planned: "Planned | None",
 ) -> dict[str, Any]:  # fmt: skip
     began = time.perf_counter()
     # torch and transformers take seconds to import: not before the checks above.
@@ -193,17 +195,10 @@ def _run(
         MetricsFile(folder.metrics),
         ConsoleCallback(console),
     ]
-    if isinstance(recipe.track, WandbTracking):
-        from mnemic.train.callbacks.wandb import WandbCallback
-
-        track = recipe.track
-        callbacks.append(
-            WandbCallback(
-                run_dir=folder.path, metrics=folder.metrics, config=dump_recipe(recipe),
-                run_name=recipe.name, project=track.project, entity=track.entity,
-                tags=list(track.tags), mode=track.mode,
-            )
-        )  # fmt: skip
+    tracker = build_tracker(recipe, folder, planned)
+    if tracker:
+        stack.callback(tracker.finish)
+        callbacks.append(tracker)
     max_grad_norm = recipe.update.max_grad_norm
     if streamed:
         update: Any = streamed.update(accelerator)
@@ -262,7 +257,10 @@ def _run(
     if not signalled:
         if ran_from == trainer.step and folder.summary.exists() and folder.final.is_dir():
             # Nothing was left to do: the figures of the run that did it stand.
-            return folder.read_summary() or summary
+            summary = folder.read_summary() or summary
+            if tracker:
+                tracker.finish(summary, folder.final)
+            return summary
         _load_best(trainer, recipe, evaluation)
         if streamed:
             streamed.export(folder.final)
@@ -274,6 +272,8 @@ def _run(
         summary["exported"] = str(folder.final)
     if accelerator.is_main_process:
         write_atomic(folder.summary, json.dumps(summary, indent=1).encode())
+    if tracker:
+        tracker.finish(summary, None if signalled else folder.final)
     accelerator.end_training()
     return summary
 

@@ -2,7 +2,9 @@
 
 Offline, a row is sent when its checkpoint is safe (or the run ends): a killed process has then sent
 no step that will run again. What a kill kept from being sent is read back from wandb's own offline
-file and sent on resume. A tracker that fails warns once; training goes on.
+file and sent on resume. The last row waits for the result, whose tables and page stand in it, so
+that both are there once or, after a kill, not yet. A tracker that fails warns once; training goes
+on.
 """
 
 import logging
@@ -13,10 +15,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mnemic.train.callbacks import wandb_result
 from mnemic.train.callbacks.base import Callback, MetricsRow
 from mnemic.train.callbacks.metrics import read_rows
 
 if TYPE_CHECKING:
+    from mnemic.train.report.planned import Planned
     from mnemic.train.trainer import Trainer
 
 log = logging.getLogger("mnemic")
@@ -39,6 +43,13 @@ def resolve_mode(mode: str) -> str:
 
 
 class WandbCallback(Callback):
+    """`planned`: what the plan says of the run, or None; `kind`: of the artifact that the result
+    becomes (`adapter`, `model`), or None for no artifact; `limit`: its largest size in bytes.
+
+    After a fit that did not fail the wandb run stays open for `finish`, which whoever exports the
+    result calls.
+    """
+
     name = "wandb"
 
     def __init__(
@@ -52,10 +63,14 @@ class WandbCallback(Callback):
         entity: str | None,
         tags: list[str],
         mode: str,
+        planned: "Planned | None" = None,
+        kind: str | None = None,
+        limit: int = 2 << 30,
     ) -> None:
         self.run_dir, self.metrics, self.config = run_dir, metrics, config
         self.settings = {"name": run_name, "project": project, "entity": entity, "tags": tags}
         self.mode = resolve_mode(mode)
+        self.planned, self.kind, self.limit = planned, kind, limit
         self.run_id: str | None = None
         self._run: Any = None
         self._waiting: list[MetricsRow] = []
@@ -68,7 +83,9 @@ class WandbCallback(Callback):
         try:
             import wandb
 
-            self.run_id = self.run_id or self._remembered_id() or uuid.uuid4().hex[:8]
+            # An agent of a sweep chose the id, and knows the run by it.
+            self.run_id = self.run_id or self._remembered_id() or os.environ.get("WANDB_RUN_ID")
+            self.run_id = self.run_id or uuid.uuid4().hex[:8]
             (self.run_dir / ".wandb_id").write_text(self.run_id)
             self._sent = logged_steps(self.run_dir / "wandb", self.run_id)
             self._run = wandb.init(
@@ -82,9 +99,10 @@ class WandbCallback(Callback):
             )
             if self.mode == "online":
                 self._next_step = int(self._run.step or 0)
-            for row in read_rows(self.metrics):
-                if row["step"] <= trainer.step:
-                    self._send(row)
+            if self.planned:
+                self._run.summary.update(wandb_result.plan_summary(self.planned))
+            self._waiting = [r for r in read_rows(self.metrics) if r["step"] <= trainer.step]
+            self._flush(trainer)
         except Exception as error:
             self._give_up(error)
 
@@ -95,38 +113,84 @@ class WandbCallback(Callback):
     def on_row(self, trainer: "Trainer", row: MetricsRow) -> None:
         if self._run is None:
             return
+        self._waiting.append(dict(row))
         if self.mode == "online":
-            self._send(row)
-        else:
-            self._waiting.append(dict(row))
+            self._flush(trainer)
 
     def on_save(self, trainer: "Trainer", step: int, path: Path) -> None:
-        self._flush()
+        self._flush(trainer)
 
     def close(self, trainer: "Trainer", error: BaseException | None) -> None:
-        if self._run is None:
-            return
         # Rows past the last checkpoint run again after a failure; sent now, they would stand twice.
         if error is None:
-            self._flush()
+            self._flush(trainer)
+        else:
+            self._end(exit_code=1)
+
+    def finish(self, summary: dict[str, Any] | None = None, final: Path | None = None) -> None:
+        """End the wandb run: with what the run reached and the folder it was exported to (None: it
+        was stopped, and will go on), or, without a summary, as one that failed. Once.
+        """
+        if self._run is None:
+            return
+        if summary is None:
+            self._end(exit_code=1)
+            return
+        digest = None
+        try:
+            with wandb_result.staged_in(self.run_dir / "wandb" / "data"):
+                digest = self._result(summary, final)
+        except Exception as error:
+            self._give_up(error)
+            return
+        # After the end: until then the artifact may not be on the disk, or with the server.
+        if self._end(exit_code=0) and digest:
+            wandb_result.remember(self.run_dir, digest)
+
+    def _result(self, summary: dict[str, Any], final: Path | None) -> str | None:
+        """Send what stands at the end; returns the digest of a new artifact."""
+        self._run.summary.update(wandb_result.result_summary(self.run_dir, self.planned))
+        page = wandb_result.page_of(self.run_dir, self.planned) if final else {}
+        rows, self._waiting = self._waiting, []
+        for row in rows:
+            self._send(row, page if row["step"] == summary["steps"] else {})
+        if not (final and self.kind) or self._run is None:
+            return None
+        return wandb_result.log_artifact(
+            self._run, self.run_dir, final, kind=self.kind, limit=self.limit,
+            name=str(self.settings["name"]), summary=summary,
+        )  # fmt: skip
+
+    def _end(self, exit_code: int) -> bool:
+        """Whether the run was ended in order."""
+        if self._run is None:
+            return False
+        run, self._run = self._run, None
         try:
             import wandb
 
-            self._run.finish(exit_code=0 if error is None else 1)
+            run.finish(exit_code=exit_code)
             wandb.teardown()
         except Exception as failure:
             self._give_up(failure)
+            return False
+        return True
 
-    def _flush(self) -> None:
+    def _flush(self, trainer: "Trainer") -> None:
+        """Send the rows that wait, but for the last one of the run."""
+        ends = trainer.step >= trainer.total_steps or trainer.stop_reason is not None
         rows, self._waiting = self._waiting, []
         for row in rows:
-            self._send(row)
+            if ends and row["step"] == trainer.step:
+                self._waiting.append(row)
+            else:
+                self._send(row)
 
-    def _send(self, row: MetricsRow) -> None:
+    def _send(self, row: MetricsRow, media: dict[str, Any] | None = None) -> None:
         if self._run is None or row["step"] in self._sent or row["step"] < self._next_step:
             return
         try:
-            self._run.log(row, step=row["step"])
+            self._run.log({**row, **(media or {})}, step=row["step"])
             self._sent.add(row["step"])
         except Exception as error:
             self._give_up(error)

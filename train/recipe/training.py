@@ -8,7 +8,7 @@ from mnemic.train.recipe.base import KindShorthand, Part
 from mnemic.train.recipe.data import Data
 from mnemic.train.recipe.distill import DistillObjective
 from mnemic.train.recipe.memory import GrpoObjective, with_preset
-from mnemic.train.recipe.offload import parse_size
+from mnemic.train.recipe.offload import Size, parse_size
 from mnemic.train.recipe.sft import SftObjective
 
 
@@ -256,6 +256,15 @@ class WandbTracking(Part):
     """User or team; null takes the account's default."""
     tags: list[str] = Field(default_factory=list)
     """Tags of the run."""
+    plan: bool = True
+    """Put what `mnemic plan` says of the run into its summary, to stand beside what was measured.
+    Planned once, in a process of its own that ends before training begins; takes seconds. For one
+    process, and a model that lies on this machine."""
+    artifacts: Literal["none", "adapters", "all"] = "adapters"
+    """Which results become artifacts of the run: adapters (megabytes), or full models as well.
+    Offline they are copied into the run folder, for `wandb sync` to upload."""
+    artifact_limit: Size = 2 << 30
+    """A result of more bytes, such as `2GiB`, is not made an artifact; the run warns."""
 
 
 Track = Annotated[NoTracking | WandbTracking, Field(discriminator="kind"), KindShorthand]

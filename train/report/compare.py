@@ -11,6 +11,7 @@ FOLDER/report.html    the page of all cells                     FOLDER/CELL.log 
 
 import json
 import logging
+import os
 import signal
 import subprocess
 import sys
@@ -138,11 +139,14 @@ def _train_all(cells: Sequence[Cell], recipe: str) -> tuple[dict[str, str], bool
 
 
 def start_cell(args: Sequence[str], output: Path) -> Any:
-    """`mnemic ARGS` in a process; its output is added to a file."""
+    """`mnemic ARGS` in a process; its output is added to a file. Tracked cells are one group of
+    wandb runs, named as the grid's folder.
+    """
+    env = {"WANDB_RUN_GROUP": output.absolute().parent.name, **os.environ}
     with output.open("ab") as file:
         return subprocess.Popen(
             [sys.executable, "-m", "mnemic.train.cli", *args],
-            stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, env=env,
             preexec_fn=die_with_parent if sys.platform == "linux" else None,
         )  # fmt: skip
 

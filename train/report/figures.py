@@ -68,7 +68,7 @@ def groups(runs: Sequence[Run]) -> list[Group]:
             own = [k for k in left if k == pattern or _under(k, pattern)]
             left = [k for k in left if k not in own]
             group.figures += [figure for key in sorted(own) if (figure := _figure(runs, key))]
-        if title == "Kept tokens" and (layers := _layers(runs, keys)):
+        if title == "Kept tokens" and (layers := _layers(runs)):
             group.figures.append(layers)
         found.append(group)
     found.append(Group(MORE, [f for key in sorted(left) if (f := _figure(runs, key))]))
@@ -102,23 +102,24 @@ def _unit(most: float) -> tuple[str, float]:
     return "bytes", 1.0
 
 
-def _layers(runs: Sequence[Run], keys: Sequence[str]) -> Figure | None:
-    """The share that each layer keeps, mean over the run."""
-    own = [key for key in keys if key.startswith(_LAYER)]
-    lines = []
-    for i, run in enumerate(runs):
-        points: Points = []
-        for key in own:
-            values = [value for _, value in run.points(key)]
-            if values:
-                points.append((int(key.removeprefix(_LAYER)), sum(values) / len(values)))
-        lines.append(Line(run.label, sorted(points), i))
+def _layers(runs: Sequence[Run]) -> Figure | None:
+    lines = [Line(run.label, kept_by_layer(run), i) for i, run in enumerate(runs)]
     if not any(line.points for line in lines):
         return None
     return Figure(
         "tokens_kept_by_layer", "kept tokens by layer, share, mean of the run", lines, zero=True,
         across="layer",
     )  # fmt: skip
+
+
+def kept_by_layer(run: Run) -> Points:
+    """(layer, share of the tokens that it keeps, mean over the run)."""
+    points: Points = []
+    for key in dict.fromkeys(key for row in run.rows for key in row if key.startswith(_LAYER)):
+        values = [value for _, value in run.points(key)]
+        if values:
+            points.append((int(key.removeprefix(_LAYER)), sum(values) / len(values)))
+    return sorted(points)
 
 
 def _file_name(key: str) -> str:

@@ -41,19 +41,28 @@ def plans(runs: Sequence[Run]) -> list[Planned]:
             found.append(Planned(note=f"not planned: this version refuses the recipe: {why}"))
             continue
         if absent := _absent(recipe):
-            found.append(
-                Planned(
-                    note=f"not planned: {absent} is not a folder of this machine; "
-                    f"mnemic plan {run.path}/recipe.yaml fetches it"
-                )
-            )
+            found.append(_not_here(absent, f"{run.path}/recipe.yaml"))
             continue
-        key = json.dumps(_takes_memory(dump_recipe(recipe)), sort_keys=True)
+        key = json.dumps(takes_memory(dump_recipe(recipe)), sort_keys=True)
         if key not in known:
             base = base or _base(recipe)
             known[key] = _plan(recipe, base)
         found.append(known[key])
     return found
+
+
+def plan_of(recipe: Recipe) -> Planned:
+    """That of one recipe, in a process that has built nothing yet."""
+    if absent := _absent(recipe):
+        return _not_here(absent, "RECIPE")
+    return _plan(recipe, _base(recipe))
+
+
+def _not_here(model: str, recipe: str) -> Planned:
+    return Planned(
+        note=f"not planned: {model} is not a folder of this machine; mnemic plan {recipe} "
+        "fetches it"
+    )
 
 
 def _base(recipe: Recipe) -> int:
@@ -100,7 +109,8 @@ def _absent(recipe: Recipe) -> str | None:
     return None
 
 
-def _takes_memory(recipe: dict[str, Any]) -> dict[str, Any]:
+def takes_memory(recipe: dict[str, Any]) -> dict[str, Any]:
+    """The part of a recipe's tree that its plan depends on."""
     found = {k: v for k, v in recipe.items() if k not in ("name", "run_dir", "track")}
     found["loop"] = {k: v for k, v in recipe["loop"].items() if k not in ("seed", "steps")}
     found["optimizer"] = {k: v for k, v in recipe["optimizer"].items() if k != "lr"}

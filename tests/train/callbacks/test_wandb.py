@@ -16,7 +16,7 @@ from mnemic.train.callbacks.wandb import offline_records, resolve_mode  # noqa: 
 def tree(folder, **changes):
     base = lm_tree(
         folder,
-        track={"kind": "wandb", "mode": "offline"},
+        track={"kind": "wandb", "mode": "offline", "plan": False},
         evaluation={"holdout": 0.2, "every": 4, "max_rows": 8},
         loop={"steps": 20, "save_every": 5},
     )
@@ -36,7 +36,9 @@ def decode(run_dir):
                     (i.key or "/".join(i.nested_key)): json.loads(i.value_json)
                     for i in record.history.item
                 }
-                rows.append({k: v for k, v in items.items() if not k.startswith("_")})
+                # `report/`: tables and the page, in the last row beside its metrics.
+                hidden = ("_", "report/")
+                rows.append({k: v for k, v in items.items() if not k.startswith(hidden)})
             updates = []
             if kind == "run":
                 updates = record.run.config.update
