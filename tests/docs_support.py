@@ -57,7 +57,7 @@ def commands(page: Path) -> list[str]:
     """Each command of a page once: of shell blocks, of indented blocks, and between backticks."""
     found = [c for block in blocks(page) if block.language == "sh" for c in shell(block.text)]
     prose = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
-    indented = re.findall(r"^    (.*(?:\\\n.*)*)", prose, flags=re.MULTILINE)
+    indented = re.findall(r"^    ((?:.*\\\n)*.*)", prose, flags=re.MULTILINE)
     found += [c for text in indented for c in shell(text) if _WORD.match(c)]
     found += [c for c in _SPAN.findall(prose) if _WORD.match(c) and len(c.split()) > 1]
     return list(dict.fromkeys(found))

@@ -73,7 +73,7 @@ def page_of(run_dir: Path, planned: Planned | None) -> dict[str, Any]:
     return found
 
 
-def _tables(run: Run, planned: Planned | None) -> dict[str, tuple[list[str], list[list[Any]]]]:
+def _tables(run: Run, planned: Planned | None) -> dict[str, tuple[list[Any], list[Any]]]:
     samples = [
         [s.get("step"), *(str(s.get(key, "")) for key in ("prompt", "generated", "reference"))]
         for s in run.samples
