@@ -1,7 +1,6 @@
 """Every command of the documentation is one that its program would take, with the files that it
 names: recipes validate with their overrides, scripts and launchers parse their flags, tests and
-targets exist. What cannot be checked stands in `ELSEWHERE`, by its whole text. Tutorials are run as
-well (test_tutorials.py).
+targets exist. What cannot be checked stands in `ELSEWHERE`, by its whole text.
 """
 
 import argparse
