@@ -124,14 +124,15 @@ class InBackwardUpdate(Update):
                 "optimizer.lr, lengthen loop.schedule.warmup, or set model.dtype=fp32"
             )
         loss.backward()
+        if self._armed and self.accelerator.num_processes > 1:
+            # What has no gradient on this rank may have one on another: another expert of a bank,
+            # or of a router. Now, because the trainer sums over the ranks before `finish`.
+            self._waiting = set(self._order)
+            self._flush()
 
     def finish(self, step: int) -> float:
         """Step what is left, and return the global gradient norm before clipping."""
-        if self.accelerator.num_processes > 1:
-            # A parameter without gradient on this rank may have one on another.
-            self._waiting = set(self._order)
-            self._flush()
-        else:
+        if self.accelerator.num_processes == 1:
             # What only earlier batches of the step reached: another expert, a router's leavings.
             for index in self._order:
                 if self.parameters[index].grad is not None:

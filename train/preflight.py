@@ -107,7 +107,7 @@ def check_environment(recipe: Recipe) -> None:
             "hold in shards; launch with DDP (recipes/accelerate/ddp.yaml)"
         )
     if adapters.kind == "bank" and len(adapters.operations) > 1:
-        check_joint(recipe, engines)
+        check_joint(engines)
     if recipe.update.kind == "in_backward" and engines:
         raise UserError(
             "update.kind=in_backward works on one device or with whole copies on several; set "
@@ -145,17 +145,12 @@ def check_tokens_launch(recipe: Recipe, engines: list[str]) -> None:
             raise UserError(f"tokens.{key}: {value} not found (from {Path.cwd()})")
 
 
-def check_joint(recipe: Recipe, engines: list[str]) -> None:
+def check_joint(engines: list[str]) -> None:
     """What several experts in one run cannot be launched with: each batch trains one of them."""
     if engines:
         raise UserError(
             "adapters.kind=bank with several operations leaves weights without a gradient in each "
             "batch, which FSDP and DeepSpeed do not take; launch with DDP, or train one operation"
-        )
-    if recipe.update.kind == "in_backward" and num_ranks() > 1:
-        raise UserError(
-            "update.kind=in_backward averages a weight over all ranks in the backward, and ranks "
-            "train different experts of a bank then; set update.kind=plain, or train one operation"
         )
 
 

@@ -53,8 +53,12 @@ def test_two_ranks_play_and_train_what_one_does(tmp_path, warm_model):
         assert float((mine[name] - weight).abs().max()) < 2e-4, name
 
 
-def test_two_ranks_train_the_experts_that_one_does(tmp_path):
+@pytest.mark.parametrize("update", ["plain", "in_backward"])
+def test_two_ranks_train_the_experts_that_one_does(tmp_path, update):
     """Ranks run different operations at the same time, and each expert learns from its rows."""
+    clipped = {"kind": update, "max_grad_norm": 1.0}
+    if update == "in_backward":
+        clipped["clip"] = "previous_norm"
     for name in ("one", "two"):
         folder = tmp_path / name
         folder.mkdir()
@@ -64,7 +68,7 @@ def test_two_ranks_train_the_experts_that_one_does(tmp_path):
             "adapters": {"kind": "bank", "r": 4}, "data": {"kind": "operations", "size": 8},
             "objective": {"kind": "sft", "max_length": 1024},
             "optimizer": {"kind": "adamw", "lr": 3e-3},
-            "update": {"kind": "plain", "max_grad_norm": 1.0},
+            "update": clipped,
             "loop": {"steps": 4, "batch_size": 4, "micro_batch_size": 1, "schedule": "constant"},
         }  # fmt: skip
         write_recipe(folder / "recipe.yaml", tree)
