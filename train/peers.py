@@ -23,12 +23,22 @@ from mnemic.train.recipe.optimizer import Adafactor, AdamW8bit, GaLore, Muon
 
 log = logging.getLogger("mnemic")
 
+EIGHT_BIT = 4096
+"""Elements from which on bitsandbytes keeps moments of one byte."""
+
 
 def build_peer(part: Any, model: Any) -> torch.optim.Optimizer:
     """The optimizer of an `AdamW8bit`, `Adafactor`, `Muon` or `GaLore` part."""
     if isinstance(part, AdamW8bit):
         from bitsandbytes.optim.adamw import AdamW8bit as BitsAndBytesAdamW8bit
 
+        sizes = [p.numel() for p in model.parameters() if p.requires_grad]
+        if max(sizes) < EIGHT_BIT:
+            log.warning(
+                "optimizer.kind=adamw8bit has no effect here: the largest of %d trained tensors "
+                "has %s elements, and below %s moments are fp32, which is adamw; set that",
+                len(sizes), f"{max(sizes):,}", f"{EIGHT_BIT:,}",
+            )  # fmt: skip
         return BitsAndBytesAdamW8bit(
             decay_groups(model, part.weight_decay),
             lr=part.lr, betas=(part.beta1, part.beta2), eps=part.eps, weight_decay=0.0,

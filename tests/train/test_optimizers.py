@@ -114,6 +114,14 @@ def test_8bit_moments_are_bytes(tmp_path):
     assert state["state1"].dtype == state["state2"].dtype == torch.uint8
 
 
+@pytest.mark.parametrize("r, said", [(4, True), (128, False)])
+def test_8bit_moments_that_are_none_say_so(tmp_path, caplog, r, said):
+    """Adapters are small: of 4 x 32 elements all moments are fp32, of 128 x 32 none."""
+    logging.getLogger("mnemic").propagate = True
+    train_here(tree_of(tmp_path, "adamw8bit", adapters={"kind": "lora", "r": r}))
+    assert ("optimizer.kind=adamw8bit has no effect here" in caplog.text) == said
+
+
 @kinds
 def test_inside_the_backward_it_is_the_plain_update_bit_for_bit(tmp_path, kind):
     plain = {"kind": "plain", "max_grad_norm": None}

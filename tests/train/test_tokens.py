@@ -1,6 +1,7 @@
 """Token sparsity in whole runs: resumed bits, reports, the dense probe, and sentences."""
 
 import copy
+import logging
 
 import pytest
 import torch
@@ -198,3 +199,11 @@ def test_what_is_not_there_is_said_before_anything_loads(tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     with pytest.raises(UserError, match="tokens=none, or launch with DDP"):
         check_environment(build_recipe(tree_of(tmp_path, "gone")))
+
+
+@pytest.mark.parametrize("block, said", [(4, False), (64, True)])
+def test_rows_too_short_to_drop_anything_say_so(tmp_path, caplog, block, said):
+    logging.getLogger("mnemic").propagate = True
+    rows, _ = run(tmp_path, "protect", tokens={"kind": "protect", "block": block, "keep": 0.3})
+    assert all((row["tokens/kept"] == 1) == said for row in rows if row["step"])
+    assert ("tokens had no effect: every token was kept in every step" in caplog.text) == said

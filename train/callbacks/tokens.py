@@ -2,6 +2,7 @@
 steps a dense probe.
 """
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,8 @@ from mnemic.train.tokens import dense_probe
 
 if TYPE_CHECKING:
     from mnemic.train.trainer import Trainer
+
+log = logging.getLogger("mnemic")
 
 
 class SavedBytes:
@@ -62,6 +65,7 @@ class TokensCallback(Callback):
     def __init__(self, sparsity: TokenSparsity, probe_every: int | None = None) -> None:
         self.sparsity, self.probe_every = sparsity, probe_every
         self._saved: SavedBytes | None = None
+        self._least_kept: float | None = None
 
     def on_start(self, trainer: "Trainer") -> None:
         self.sparsity.progress = trainer.step / trainer.total_steps
@@ -74,12 +78,24 @@ class TokensCallback(Callback):
 
     def on_step(self, trainer: "Trainer", row: MetricsRow) -> None:
         if row["step"]:
-            row.update(self.sparsity.report())
+            report = self.sparsity.report()
+            row.update(report)
+            kept, least = report["tokens/kept"], self._least_kept
+            self._least_kept = kept if least is None else min(least, kept)
             if self._saved:
                 row["perf/saved_bytes"] = self._saved.take()
             if self.probe_every and row["step"] % self.probe_every == 0 and trainer.latest:
                 row.update(dense_probe(trainer, self.sparsity, trainer.latest))
         self.sparsity.progress = row["step"] / trainer.total_steps
+
+    def close(self, trainer: "Trainer", error: BaseException | None) -> None:
+        config = self.sparsity.config
+        if error is None and self._least_kept == 1 and config.mlp_backward_keep is None:
+            log.warning(
+                "tokens had no effect: every token was kept in every step; lower tokens.keep (%g) "
+                "or tokens.block (%d tokens, chosen together), or train longer rows",
+                config.keep, config.block,
+            )  # fmt: skip
 
 
 def _is_free(saving: Callable[[], AbstractContextManager[Any]]) -> bool:

@@ -95,6 +95,11 @@ class StreamedRun:
         part = self.recipe.update
         assert isinstance(part, StreamedPart)
         log.info("in memory: %s", describe(self.plan.layout))
+        if self.recipe.offload.kind == "host" and self.engine.device.type == "cpu":
+            log.warning(
+                "offload.kind=host takes no weight and no state off the CPU, whose memory is the "
+                "host's: only gradients are saved; set it to ssd to take less"
+            )
         if self.plan.full:
             return StreamedUpdate(self.engine, part.clip, part.max_grad_norm)
         limit = part.max_grad_norm

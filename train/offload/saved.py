@@ -90,6 +90,7 @@ class SavedTensors:
         self.place, self.model, self.device, self.minimum = place, model, device, minimum
         self.spilled_bytes = 0
         """What has been set aside, in total."""
+        self.forwards = 0
         self._own: set[int] = set()
         self._copies: dict[int, tuple[StorageWeakRef, int, _Storage]] = {}
         self._order: list[ref[_Storage]] = []
@@ -102,6 +103,7 @@ class SavedTensors:
             for part in _plain_parts(tensor)
         }
         self._order = []
+        self.forwards += 1
         try:
             with torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack):
                 yield
@@ -199,4 +201,16 @@ def saved_activations(
     else:
         place = HostCopies(device)
     stack.callback(place.close)
-    return SavedTensors(place, model, device, MINIMUM)
+    saved = SavedTensors(place, model, device, MINIMUM)
+    stack.callback(_tell, saved, offload.activations)
+    return saved
+
+
+def _tell(saved: SavedTensors, where: str) -> None:
+    """At the end of a run: a setting that did nothing says so."""
+    if saved.forwards and not saved.spilled_bytes:
+        log.warning(
+            "offload.activations=%s had no effect: no tensor that the backward needs has %s bytes, "
+            "below which it stays in memory; leave it out, or train longer rows or more at once",
+            where, f"{saved.minimum:,}",
+        )  # fmt: skip

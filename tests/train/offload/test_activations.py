@@ -522,6 +522,25 @@ def test_host_on_a_cpu_says_so_and_does_nothing(tmp_path, caplog):
     assert len(said) == 2 and all(r.levelname == "WARNING" for r in said)
 
 
+def test_settings_that_move_nothing_say_so(tmp_path, caplog):
+    """Small activations stay where they are; a CPU's host memory is its own."""
+    logging.getLogger("mnemic").propagate = True
+    run(tmp_path / "small", offload={"activations": "ssd"}, model={"hidden_size": 16})
+    assert (
+        "offload.activations=ssd had no effect: no tensor that the backward needs has 1,048,576"
+        in (caplog.text)
+    )
+    caplog.clear()
+    run(tmp_path / "streamed", update="streamed", offload={"kind": "host"})
+    assert "offload.kind=host takes no weight and no state off the CPU" in caplog.text
+
+
+def test_activations_that_move_are_not_said_to_stay(tmp_path, caplog, made):
+    logging.getLogger("mnemic").propagate = True
+    run(tmp_path / "run", offload={"activations": "ssd"})
+    assert made.saved[0].spilled_bytes and "had no effect" not in caplog.text
+
+
 def test_engines_that_gather_weights_are_refused(tmp_path):
     tree = lm_tree(tmp_path, offload={"activations": "ssd"})
     for name in ("FSDP", "DEEPSPEED"):
