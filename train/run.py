@@ -151,7 +151,13 @@ def _run(
     else:
         peak_optimizer = build_optimizer(recipe.optimizer, model, seed=recipe.loop.seed)
     in_backward = isinstance(recipe.update, InBackwardPart)
-    if in_backward and (num_batches > 1 or grpo):
+    if in_backward and grpo:
+        log.warning(
+            "update.kind=in_backward holds all gradients until the last micro-batch, and rollouts "
+            "give one for each %d turns (loop.micro_batch_size); raise that to save their memory",
+            micro,
+        )
+    elif in_backward and num_batches > 1:
         log.warning(
             "update.kind=in_backward with %d micro-batches holds all gradients until the last one; "
             "it saves their memory with one micro-batch (loop.micro_batch_size=%d)",

@@ -30,6 +30,8 @@ def check_bank(recipe: "Recipe") -> list[str]:
             f"adapters.kind=bank trains an expert for each operation of the rows, and objective."
             f"kind={kind} has none; set objective.kind=sft or distill, or adapters=lora"
         )
+        # What its data lack follows from that.
+        return found
     if len(bank.operations) > 1 and recipe.update.kind == "streamed":
         found.append(
             "update.kind=streamed runs all rows of a step through a layer together, and a bank of "
