@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mnemic.models.exact.loss import IGNORE, Scaling, chunk_rows, loss_head
+from mnemic.models.exact.loss import IGNORE, Scaling, chunk_rows, loss_head, stand_in
 from mnemic.models.exact.recompute import in_rows
 
 Kind = Literal["forward_kl", "reverse_kl", "jsd"]
@@ -82,16 +82,16 @@ def head_of(model: Any) -> Head:
 
 
 @contextmanager
-def at_head(model: Any, look: Callable[[Tensor], None]) -> Iterator[None]:
+def at_head(model: Any, look: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
     """In this context the model's head gives its input (B, T, H) to `look` and makes no logits: the
     "logits" that come back are a number a row. `look` runs inside the model's forward, where its
-    weights are whatever wraps it.
+    weights are whatever wraps it, and gives what a loss is made of (None without a backward).
     """
     own = loss_head(model)
 
     def forward(hidden: Tensor) -> Tensor:
-        look(hidden)
-        return hidden.new_zeros(*hidden.shape[:-1], 1)
+        found = look(hidden)
+        return stand_in(hidden, hidden.new_zeros(()) if found is None else found)
 
     own.head.forward = forward  # type: ignore[method-assign]
     try:

@@ -85,6 +85,14 @@ def native_sum(head: nn.Linear, hidden: Tensor, targets: Tensor) -> Tensor:
     return loss.float()
 
 
+def stand_in(hidden: Tensor, losses: Tensor) -> Tensor:
+    """Zeros in place of logits (..., 1), for nobody; autograd leads from them to what `losses` come
+    of. DDP looks there for parameters without a gradient (a bank's other experts): from zeros
+    alone all would have none, and their gradients come as a second one.
+    """
+    return (losses.sum() * 0).to(hidden.dtype).expand(*hidden.shape[:-1], 1)
+
+
 Pick = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Hidden states (B, C, H) to the rows (N, H) whose losses are wanted, and their targets (N,)."""
 
@@ -144,7 +152,7 @@ class LossHead:
                 scaling=self.scaling,
             )  # fmt: skip
             answer.losses = losses.sum() if summed else losses
-        return hidden.new_zeros(*hidden.shape[:-1], 1)
+        return stand_in(hidden, answer.losses)
 
     def _is_plain(self) -> bool:
         """Whether the head is x W^T + b and nothing else: no adapter, no quantised weight."""

@@ -53,9 +53,13 @@ def test_two_ranks_play_and_train_what_one_does(tmp_path, warm_model):
         assert float((mine[name] - weight).abs().max()) < 2e-4, name
 
 
-@pytest.mark.parametrize("update", ["plain", "in_backward"])
-def test_two_ranks_train_the_experts_that_one_does(tmp_path, update):
-    """Ranks run different operations at the same time, and each expert learns from its rows."""
+@pytest.mark.parametrize(
+    "update, loss", [("plain", "logits"), ("plain", "chunked"), ("in_backward", "logits")]
+)
+def test_two_ranks_train_the_experts_that_one_does(tmp_path, update, loss):
+    """Ranks run different operations at the same time, and each expert learns from its rows. A
+    loss without logits still tells DDP which experts have none.
+    """
     clipped = {"kind": update, "max_grad_norm": 1.0}
     if update == "in_backward":
         clipped["clip"] = "previous_norm"
@@ -69,7 +73,8 @@ def test_two_ranks_train_the_experts_that_one_does(tmp_path, update):
             "objective": {"kind": "sft", "max_length": 1024},
             "optimizer": {"kind": "adamw", "lr": 3e-3},
             "update": clipped,
-            "loop": {"steps": 4, "batch_size": 4, "micro_batch_size": 1, "schedule": "constant"},
+            "loop": {"steps": 4, "batch_size": 4, "micro_batch_size": 1, "schedule": "constant",
+                     "loss": loss},
         }  # fmt: skip
         write_recipe(folder / "recipe.yaml", tree)
     train(tmp_path / "one", 1)

@@ -147,10 +147,11 @@ class DistillationObjective(TokenObjective):
         sampled = batch.tensors.get(SAMPLED)
         result: list[tuple[Tensor, dict[str, float]]] = []
 
-        def compare(hidden: Tensor) -> None:
+        def compare(hidden: Tensor) -> Tensor:
             rows, targets = _trained(found, hidden)
             hard = targets if sampled is None else _given(found, sampled)
             result.append(self._compare(rows, student, seen.pop(), teacher, hard))
+            return result[0][0]
 
         with at_head(student, compare):
             model(**found.inputs, use_cache=False)
