@@ -22,6 +22,9 @@ def torch_dtype(name: str) -> Any:
 def load_tokenizer(
     path: str, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> Any:
+    """The tokenizer of a hub name or a local folder; one without a padding token pads by its end
+    token. `LoadError` where there is none.
+    """
     from transformers import AutoTokenizer
 
     tokenizer = _from_pretrained(

@@ -21,6 +21,8 @@ class Ask:
 
 
 class Answerer(Protocol):
+    """Answers questions from memories, in batches: a rule, a local model, or an endpoint."""
+
     def answer(self, asks: Sequence[Ask]) -> list[str]:
         """One answer for each, in their order; "none" where the memory does not say."""
         ...
