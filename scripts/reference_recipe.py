@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from mnemic.train.recipe.describe import _kind, _models
+from mnemic.train.recipe.describe import kind_of, models_of
 from mnemic.train.recipe.offload import parse_size
 from mnemic.train.recipe.recipe import Recipe
 
@@ -48,7 +48,7 @@ def cell(text: str) -> str:
 def parts_of(annotation: Any) -> list[type[BaseModel]]:
     """The parts that a key takes, or a list of them."""
     inside = get_args(annotation)[0] if get_origin(annotation) is list else annotation
-    return _models(inside)
+    return models_of(inside)
 
 
 class Pages:
@@ -73,7 +73,7 @@ class Pages:
         if origin is Annotated:
             flat = [m for a in args[1:] for m in (a.metadata if isinstance(a, FieldInfo) else [a])]
             return self.type_of(args[0], (*flat, *metadata))
-        models = _models(annotation)
+        models = models_of(annotation)
         if models and origin in (None, Union, types.UnionType):
             known = self.link(models)
             return f"{known} or `null`" if type(None) in args else known
@@ -103,7 +103,7 @@ class Pages:
         """(key, type, default, what) of a part's fields, its tag aside."""
         found = []
         for name, field in model.model_fields.items():
-            if name == "kind" and _kind(model):
+            if name == "kind" and kind_of(model):
                 continue
             if not field.description:
                 self.missing.append(f"{model.__module__}.{model.__name__}.{name}")
@@ -113,13 +113,13 @@ class Pages:
 
 
 def default(field: FieldInfo, kind: str) -> str:
-    value = field.get_default(call_default_factory=True, validated_data={})
+    value = field.get_default(call_default_factory=True)
     if value is PydanticUndefined:
         return "required"
     if isinstance(value, BaseModel):
         given = value.model_dump(exclude_defaults=True)
         assert not given, given
-        return f"`{_kind(type(value))}`" if _kind(type(value)) else "its defaults"
+        return f"`{kind_of(type(value))}`" if kind_of(type(value)) else "its defaults"
     if kind.startswith("size") and isinstance(value, int):
         power = next((3 - i for i in range(3) if value % (1 << 10 * (3 - i)) == 0), 0)
         return f"`{value >> 10 * power}{_UNITS[3 - power] if power else ''}`"
@@ -153,7 +153,7 @@ def sections(
             if parts_of(field.annotation):
                 below = f"{path}.{name}" if path else name
                 what = field.description or ""
-                yield from sections(field.annotation, below, what, _kind(model))
+                yield from sections(field.annotation, below, what, kind_of(model))
 
 
 def page() -> str:
@@ -184,7 +184,7 @@ def kinds(pages: Pages, heading: str, models: list[type[BaseModel]], level: str)
     """Each kind of a section with its table, less what all kinds share, or a parent has alike."""
     rows = {model: pages.rows(model) for model in models}
     for model in models:
-        tag = _kind(model)
+        tag = kind_of(model)
         pages.tables[model] = f"{heading}: {tag}" if tag else heading
     own = [m for m in models if rows[m] and not pages.parent(m)]
     shared = [row for row in rows[own[0]] if all(row in rows[m] for m in own)] if own else []
@@ -192,7 +192,7 @@ def kinds(pages: Pages, heading: str, models: list[type[BaseModel]], level: str)
         some = "Every kind" if len(own) == len(models) else "Every kind with keys"
         yield f"{some} has\n\n{table(shared)}\n"
     for model in models:
-        if _kind(model):
+        if kind_of(model):
             yield f"{level} {pages.tables[model]}\n"
         if model is not Recipe:
             yield prose(model.__doc__ or "") + "\n"

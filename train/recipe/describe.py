@@ -12,18 +12,18 @@ from pydantic import BaseModel, ValidationError
 from mnemic.train.recipe.recipe import Recipe
 
 
-def _models(annotation: Any) -> list[type[BaseModel]]:
+def models_of(annotation: Any) -> list[type[BaseModel]]:
     """The recipe parts an annotation admits, through Annotated, unions and None."""
     if get_origin(annotation) is Annotated:
-        return _models(get_args(annotation)[0])
+        return models_of(get_args(annotation)[0])
     if get_origin(annotation) in (Union, types.UnionType):
-        return [m for arg in get_args(annotation) for m in _models(arg)]
+        return [m for arg in get_args(annotation) for m in models_of(arg)]
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return []
 
 
-def _kind(model: type[BaseModel]) -> str | None:
+def kind_of(model: type[BaseModel]) -> str | None:
     """The tag of a part; a section such as `loop` or a `schedule` with several kinds has none."""
     field = model.model_fields.get("kind")
     values = get_args(field.annotation) if field else ()
@@ -37,13 +37,13 @@ def models_at(path: Sequence[Any]) -> list[type[BaseModel]]:
     found: list[type[BaseModel]] = [Recipe]
     for key in path:
         fields = [m.model_fields[key] for m in found if key in m.model_fields]
-        found = [m for field in fields for m in _models(field.annotation)]
+        found = [m for field in fields for m in models_of(field.annotation)]
     return list(dict.fromkeys(found))
 
 
 def arms(path: Sequence[str]) -> dict[str, set[str]] | None:
     """Kind -> field names for a tagged part, None where the path is not one."""
-    tagged = {kind: m for m in models_at(path) if (kind := _kind(m))}
+    tagged = {kind: m for m in models_at(path) if (kind := kind_of(m))}
     return {kind: set(m.model_fields) for kind, m in tagged.items()} or None
 
 
@@ -71,12 +71,12 @@ def _walk(loc: tuple[Any, ...]) -> tuple[list[str], list[type[BaseModel]]]:
     path: list[str] = []
     models: list[type[BaseModel]] = [Recipe]
     for key in loc:
-        tags = {_kind(m): m for m in models}
+        tags = {kind_of(m): m for m in models}
         if len(models) > 1 and key in tags:
             models = [tags[key]]
             continue
         path.append(str(key))
-        below = [_models(m.model_fields[key].annotation) for m in models if key in m.model_fields]
+        below = [models_of(m.model_fields[key].annotation) for m in models if key in m.model_fields]
         if any(below):
             models = list(dict.fromkeys(m for group in below for m in group))
     return path, models
@@ -92,7 +92,7 @@ def _sentence(item: Any, path: list[str], models: list[type[BaseModel]]) -> list
     if kind == "missing":
         return [f"{key}: missing; it has no default"]
     if kind in ("union_tag_invalid", "union_tag_not_found"):
-        tags = [tag for m in models if (tag := _kind(m))]
+        tags = [tag for m in models if (tag := kind_of(m))]
         if kind == "union_tag_not_found":
             return [f"{key}.kind: missing; allowed are {', '.join(tags)}"]
         tag = str(context.get("tag"))
