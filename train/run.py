@@ -54,11 +54,13 @@ def run(recipe: Recipe, console: Any) -> dict[str, Any]:
     try:
         check_resume(start)
         if isinstance(recipe.update, StreamedPart):
-            from mnemic.train.offload.memory import settle_malloc
             from mnemic.train.offload.work import work_folders
 
             work = work_folders(recipe, folder.path)
             work.claim()
+        if recipe.settles_heap:
+            from mnemic.train.offload.memory import settle_malloc
+
             settle_malloc()
         with ExitStack() as stack:
             return _run(recipe, folder, start, console, work, stack, planned)

@@ -1,6 +1,11 @@
 """`update: in_backward` is the plain update, with gradients freed on the way."""
 
 import gc
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -158,3 +163,35 @@ def test_a_loss_that_is_not_finite_changes_nothing(tmp_path, monkeypatch):
         torch.equal(p, q)
         for p, q in zip(weights["model"].parameters(), weights["before"], strict=True)
     )
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc's malloc")
+@pytest.mark.parametrize("kind", ["plain", "in_backward"])
+def test_freed_memory_goes_back_to_the_system(tmp_path, kind):
+    """Blocks of 1 MiB between small lasting ones: glibc's heap keeps what they took, and a run that
+    is meant to take little lets it go. In a process of its own: the setting stays.
+    """
+    tree = lm_tree(tmp_path, update={"kind": kind}, loop={"steps": 1})
+    code = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent.parent)!r})
+import torch
+from support import train_here
+from mnemic.train.plan.machine import resident_bytes
+train_here({tree!r})
+torch.ones(1 << 21)  # from then on glibc takes blocks up to this size from the heap
+before = resident_bytes()
+large, small = [], []
+for _ in range(64):
+    large.append(torch.ones(1 << 18))
+    small.append(torch.ones(1 << 14))
+del large
+print("LEFT", resident_bytes() - before)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    left = int(done.stdout.split("LEFT")[1])
+    assert (left < 16 << 20) == (kind == "in_backward"), left

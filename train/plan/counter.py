@@ -113,7 +113,7 @@ class Counter:
         if way.training is not None:
             rows = recipe.loop.micro_batch_size or recipe.loop.batch_size
             peak = way.training
-            heap = 0 if self.on_device or recipe.offload.activations == "ssd" else HEAP
+            heap = 0 if self.on_device or recipe.settles_heap else HEAP
             top = max(peak.total, int(heap * peak.small) + peak.large if heap else 0)
             found = rows, peak.gradients, peak.others, top
             self._known.setdefault(self._work(recipe), []).append(found)

@@ -36,7 +36,7 @@ T = TypeVar("T")
 HEAP = 1.6
 """glibc's heap serves blocks below 32 MiB, finds them by best fit, and hardly ever shrinks: it
 takes this many times the most that was in use of such blocks at any moment, and keeps it. Found by
-the runs of docs/plan.md. Once, where the run makes the heap give back (settle_malloc)."""
+the runs of docs/plan.md. Once, where the run makes the heap give back (`Recipe.settles_heap`)."""
 
 
 @dataclass
@@ -145,7 +145,7 @@ class Planner:
         way.host = {"imports": self.base, "data": shapes.data_bytes}
         if self.device.type == "cpu":
             way.host |= parts
-            way.host["heap"] = 0 if moves else max(0, int(most) - top.total)
+            way.host["heap"] = 0 if recipe.settles_heap else max(0, int(most) - top.total)
         else:
             way.device = parts
             way.host["moved activations"] = found.moved if mode == "host" else 0

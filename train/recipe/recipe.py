@@ -64,6 +64,13 @@ class Recipe(Part):
     def folder(self) -> str:
         return self.run_dir or f"runs/{self.name}"
 
+    @property
+    def settles_heap(self) -> bool:
+        """Whether the run lets malloc give back what is freed, for some time of its own: those that
+        are meant to take little memory.
+        """
+        return self.update.kind in ("in_backward", "streamed") or self.offload.activations == "ssd"
+
     @model_validator(mode="after")
     def _check(self) -> "Recipe":
         problems = []
