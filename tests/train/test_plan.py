@@ -7,10 +7,12 @@ import sys
 
 import pytest
 import torch
+from memory_support import grpo_tree
 from support import lm_tree, merge, rows_of, sft_tree, train_here, write_recipe
 
 from mnemic.models.tiny import byte_tokenizer, tiny_llama
 from mnemic.train import doctor
+from mnemic.train.build import build_tokenizer
 from mnemic.train.cli import main
 from mnemic.train.errors import UserError
 from mnemic.train.optimizers import build_optimizer
@@ -118,6 +120,32 @@ def test_shapes_of_conversations_are_those_of_the_data(tmp_path):
     (tmp_path / "rows.jsonl").unlink()
     blind = shapes_of(recipe, TOKENIZER)
     assert blind.largest == Shape(2, 64) and "not found" in blind.missing[0]
+
+
+def test_shapes_of_a_bank_are_of_one_operation_each(tmp_path):
+    ops = ["mem_extract", "mem_generate"]
+    recipe = build_recipe(
+        {**sft_tree(tmp_path, loop={"batch_size": 4, "micro_batch_size": 2}),
+         "data": {"kind": "operations", "operations": ops, "size": 8},
+         "objective": {"kind": "sft", "max_length": 1024},
+         "adapters": {"kind": "bank", "operations": ops},
+         "evaluation": {"data": {"kind": "operations", "operations": ops, "split": "heldout",
+                                 "size": 3}, "batch_size": 2}}
+    )  # fmt: skip
+    found = shapes_of(recipe, TOKENIZER)
+    assert len(found.step) in (2, 3) and found.largest.rows == 2
+    assert found.evaluation is not None and found.evaluation.rows == 2
+
+
+def test_shapes_of_rollouts_are_a_teachers(tmp_path, warm_model):
+    recipe = build_recipe(grpo_tree(tmp_path, warm_model))
+    tokenizer = build_tokenizer(recipe)
+    found = shapes_of(recipe, tokenizer)
+    most = recipe.objective.max_length
+    assert 8 < found.largest.width < most and found.largest.columns < found.largest.width
+    assert found.prompts.width < found.largest.width
+    assert shapes_of(recipe, tokenizer, most).largest.width == most
+    assert shapes_of(recipe, None).largest.width == most
 
 
 # Peaks -------------------------------------------------------------------------------------------

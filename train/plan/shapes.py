@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from mnemic.train.data.collate import Batch, collate
+from mnemic.train.data.collate import Batch, chunks_of, collate
 from mnemic.train.data.sources import find_files
 from mnemic.train.data.stream import one_pass, take
-from mnemic.train.data.tokenize import Example
+from mnemic.train.data.tokenize import IGNORE, Example
 from mnemic.train.errors import UserError
 from mnemic.train.recipe.data import (
     EpisodesData,
@@ -26,7 +26,7 @@ from mnemic.train.recipe.data import (
 )
 from mnemic.train.recipe.memory import GrpoObjective, HfGenerator
 from mnemic.train.recipe.recipe import Recipe
-from mnemic.train.recipe.training import LmObjective
+from mnemic.train.recipe.training import LmObjective, SftObjective
 
 _STEPS, _ROWS = 16, 512  # of the data that are looked at, at the most
 
@@ -90,7 +90,7 @@ def shapes_of(recipe: Recipe, tokenizer: Any | None, length: int | None = None) 
     """
     objective, loop = recipe.objective, recipe.loop
     if isinstance(objective, GrpoObjective):
-        return _rollout_shapes(recipe, objective, length)
+        return _rollout_shapes(recipe, objective, length, tokenizer)
     lm = isinstance(objective, LmObjective)
     most = length or (objective.seq_len if lm else objective.max_length)
     micro = loop.micro_batch_size or loop.batch_size
@@ -117,8 +117,12 @@ _CHUNKS = 8
 """Of an episode, where its file would have to be read to know."""
 
 
-def _rollout_shapes(recipe: Recipe, objective: GrpoObjective, length: int | None) -> Shapes:
-    """Rows of at most `max_length` tokens, one a chunk, and the prompts of a generation."""
+def _rollout_shapes(
+    recipe: Recipe, objective: GrpoObjective, length: int | None, tokenizer: Any | None
+) -> Shapes:
+    """Rows, one a chunk, and the prompts of a generation. On generated streams they are as long as
+    a teacher's; elsewhere, or with a `length`, of at most that or `max_length` tokens.
+    """
     loop, data = recipe.loop, recipe.data
     most = length or objective.max_length
     micro = loop.micro_batch_size or loop.batch_size
@@ -129,7 +133,32 @@ def _rollout_shapes(recipe: Recipe, objective: GrpoObjective, length: int | None
     if isinstance(objective.generator, HfGenerator):
         rows = min(objective.generator.batch_size, loop.batch_size)
         found.prompts = Shape(rows, most, 1, padded=True)
+    if isinstance(data, KvStreamData) and tokenizer is not None and not length:
+        _as_taught(recipe, objective, tokenizer, found, micro * count)
     return found
+
+
+def _as_taught(
+    recipe: Recipe, objective: GrpoObjective, tokenizer: Any, found: Shapes, rows: int
+) -> None:
+    """Give `found` the lengths of a teacher's turns on the same streams."""
+    from mnemic.train.objectives.build import train_stream
+
+    taught = SftObjective(max_length=objective.max_length)
+    streams = train_stream(recipe.model_copy(update={"objective": taught}), tokenizer, quiet=True)
+    turns = take(streams.stream, min(rows, _ROWS))
+    if not turns:
+        return
+    size = found.step[0].rows
+    hull = _hull([_shape(turns[i : i + size], False) for i in range(0, len(turns), size)])
+    found.step = [replace(hull, rows=size, padded=True)] * len(found.step)
+    found.note = (
+        f"{size} rows of {hull.width:,} tokens at once, as a teacher's turns are; at most "
+        f"{objective.max_length:,} (objective.max_length)"
+    )
+    if found.prompts is not None:
+        prompts = [sum(label == IGNORE for label in turn.labels) for turn in turns]
+        found.prompts = replace(found.prompts, width=max(prompts))
 
 
 def _look(recipe: Recipe, tokenizer: Any, known: Shapes | None) -> Shapes:
@@ -150,7 +179,7 @@ def _look(recipe: Recipe, tokenizer: Any, known: Shapes | None) -> Shapes:
     found: list[list[Shape]] = []
     for start in range(0, len(rows), loop.batch_size):
         batch = sorted(rows[start : start + loop.batch_size], key=lambda e: len(e.input_ids))
-        chunks = [batch[i : i + micro] for i in range(0, len(batch), micro)]
+        chunks = chunks_of(batch, micro, 1, lambda row: row.operation)
         found.append([_shape(chunk, streams.packed) for chunk in chunks])
     worst = max(found, key=lambda step: sum(shape.tokens for shape in step))
     hull = _hull([shape for step in found for shape in step])
@@ -183,7 +212,6 @@ def _hull(shapes: Sequence[Shape]) -> Shape:
 def _look_at_evaluation(recipe: Recipe, tokenizer: Any, shapes: Shapes) -> None:
     from mnemic.train.data.formats import FormatError, as_example
     from mnemic.train.objectives.build import eval_rows, eval_stream, sft_tokenizer
-    from mnemic.train.recipe.training import SftObjective
 
     part = recipe.evaluation
     if part is None or isinstance(part.data, HubData):
@@ -191,7 +219,7 @@ def _look_at_evaluation(recipe: Recipe, tokenizer: Any, shapes: Shapes) -> None:
     count = min(part.max_rows or _ROWS, _ROWS)
     stream, _ = eval_stream(recipe, tokenizer)
     rows = sorted(one_pass(stream, count), key=lambda e: len(e.input_ids))
-    chunks = [rows[i : i + part.batch_size] for i in range(0, len(rows), part.batch_size)]
+    chunks = chunks_of(rows, part.batch_size, 1, lambda row: row.operation)
     if not chunks:
         return
     shapes.evaluation = _hull([_shape(chunk, False) for chunk in chunks])
