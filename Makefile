@@ -50,7 +50,7 @@ types: $(VENV)/.dev
 
 pytest: $(VENV)/.dev
 	@echo "== tests (the slow ones: make slow)"
-	@$(BIN)/python -m pytest -q
+	@$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 slow: $(VENV)/.dev
 	@$(BIN)/python -m pytest -q -m slow

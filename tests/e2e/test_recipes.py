@@ -55,7 +55,7 @@ SHRUNK = {
     },
 }  # fmt: skip
 SLOW = {
-    "long_context_exact", "memory_sft_smollm2", "memory_grpo_smollm2", "lowmem_lora",
+    "long_context_exact", "lowmem_long", "memory_sft_smollm2", "memory_grpo_smollm2", "lowmem_lora",
     "finetune_apollo_mini", "memlora_extract", "memlora_update", "memlora_generate",
 }  # fmt: skip
 PLANNED = {"long_context_qwen3_8b", "memory_grpo_qwen3_4b"}

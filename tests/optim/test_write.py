@@ -86,6 +86,7 @@ print("equal")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(280)
 def test_the_compiled_pass_is_the_same():
     """In a process of its own: torch's compiler minds what was imported before it."""
