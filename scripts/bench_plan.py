@@ -73,22 +73,30 @@ def measure(name: str, overrides: list[str], cwd: Path) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Planned and measured peaks of all recipes.")
-    parser.add_argument("--text", type=Path, required=True)
-    parser.add_argument("--rows", type=Path, required=True)
+    parser.add_argument("--text", type=Path)
+    parser.add_argument("--rows", type=Path)
     parser.add_argument("--only", type=lambda text: text.split(","), default=list(RECIPES))
+    parser.add_argument("--quick", action="store_true", help=f"{WARM} alone, which needs no file")
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    if args.quick:
+        args.only = [WARM]
     unknown = [name for name in args.only if name not in RECIPES]
     if unknown:
         parser.error(f"--only: {', '.join(unknown)} not among {', '.join(RECIPES)}")
+    values = {"batch": "32"}
+    for option, key in (("text", TEXT), ("rows", ROWS)):
+        path, needed = getattr(args, option), [n for n in args.only if key in RECIPES[n]]
+        if path is not None:
+            values[option] = str(path.resolve())
+        elif needed:
+            parser.error(f"--{option} FILE is what {', '.join(needed)} would train on")
     found: list[dict[str, Any]] = []
     print("| recipe | planned, MiB | measured | |\n|---|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         for name in args.only:
-            values = {"text": str(args.text.resolve()), "rows": str(args.rows.resolve())}
-            values["batch"] = "32"
             overrides = [item.format(**values) for item in RECIPES[name]]
             if name == "memory_grpo_tiny" and not (work / "runs" / WARM).is_dir():
                 mnemic("train", WARM, *RECIPES[WARM], cwd=work)

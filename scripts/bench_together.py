@@ -19,6 +19,7 @@ import platform
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ LEARN = {
     "all": [],
 }
 FIRST, LAST = "AdamW, plain", "all"
+QUICK = (FIRST, "all, every token", LAST)
 
 
 def train(folder: Path, data: Path, overrides: list[str], steps: int) -> Path:
@@ -63,12 +65,14 @@ def rows_of(run_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
-def memory(folder: Path, data: Path, steps: int, extra: list[str], base: int) -> list[Any]:
+def memory(
+    folder: Path, data: Path, steps: int, extra: list[str], base: int, names: Iterable[str]
+) -> list[Any]:
     found = []
     print(f"{'':<40}{'peak over imports':>18}{'s/step':>9}{'loss at step 1':>16}")
-    for name, overrides in ROWS.items():
+    for name in names:
         run_dir = train(
-            folder, data, [*overrides, "evaluation=null", "loop.schedule.warmup=0", *extra], steps
+            folder, data, [*ROWS[name], "evaluation=null", "loop.schedule.warmup=0", *extra], steps
         )
         rows = [row for row in rows_of(run_dir) if row["step"]]
         seconds = sorted(row["perf/step_seconds"] for row in rows[1:])
@@ -108,7 +112,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="JSONL rows; by default made-up ones")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--learn", type=int, default=0, metavar="STEPS")
-    parser.add_argument("--quick", action="store_true", help="a tiny model, short rows, 3 steps")
+    parser.add_argument("--quick", action="store_true", help="three arms, a tiny model, short rows")
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -123,7 +127,7 @@ def main() -> None:
         data = (args.data or _rows(Path(name), 300 if args.quick else 7000)).resolve()
         folder = Path(name) / "runs"
         folder.mkdir()
-        found = memory(folder, data, steps, extra, base)
+        found = memory(folder, data, steps, extra, base, QUICK if args.quick else ROWS)
         losses = learn(folder, data, args.learn, extra) if args.learn else []
     over = {row["name"]: row["peak_over_imports"] for row in found}
     ratios = {f"{n} vs {FIRST}": over[n] / over[FIRST] for n in over if n != FIRST}
