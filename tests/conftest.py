@@ -8,7 +8,8 @@ import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="mnemic-datasets-")
+DATASETS = tempfile.TemporaryDirectory(prefix="mnemic-datasets-")
+os.environ["HF_DATASETS_CACHE"] = DATASETS.name
 os.environ["WANDB_SILENT"] = "true"
 # Tiny models: threads that wait for each other cost more than they bring, above all beside others.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

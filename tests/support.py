@@ -125,6 +125,8 @@ class ForkServer:
 
     CODE = """
 import json, os, sys
+from mnemic.train.lazy_dynamo import put_off_dynamo
+put_off_dynamo()
 import torch, transformers, accelerate, peft, safetensors.torch, rich.console, yaml
 import transformers.models.llama.modeling_llama
 import mnemic.train.build, mnemic.train.trainer, mnemic.train.run, mnemic.train.export

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable
 
 from mnemic.train.errors import RecipeError, UserError
+from mnemic.train.lazy_dynamo import put_off_dynamo
 
 RECIPE_HELP = "a recipe file, or the name of a shipped recipe (mnemic recipes ls)"
 OVERRIDES_HELP = "overrides such as optimizer.lr=1e-4 or adapters.kind=none; the last one wins"
@@ -290,6 +291,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command; returns its exit status: 0 done, 1 it failed, 2 the request was wrong."""
     args = _parse(argv)
     rank = os.environ.get("RANK", "0")
+    put_off_dynamo()
     if isinstance(sys.stdout, io.TextIOWrapper):
         # Keeps its order with standard error when both go to one file.
         sys.stdout.reconfigure(line_buffering=True)
