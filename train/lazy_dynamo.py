@@ -9,6 +9,7 @@ the import of bitsandbytes (peft imports that where it is installed), which comp
 """
 
 import sys
+from collections.abc import Callable
 from functools import partial
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
@@ -120,3 +121,8 @@ def put_off_dynamo() -> bool:
     sys.modules[MASKS] = _Masks(MASKS)
     vars(sys.modules[MASKS]).update(__spec__=_spec(MASKS, masks), __file__=str(masks))
     return True
+
+
+def put_off_as_here() -> Callable[[], object] | None:
+    """What a process that plans for this one does first, so that its imports are the same."""
+    return put_off_dynamo if isinstance(sys.modules.get(NAME), _Unloaded) else None

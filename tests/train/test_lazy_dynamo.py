@@ -98,3 +98,32 @@ def test_it_is_not_replaced_where_it_is_loaded_already(tmp_path):
         tmp_path,
     )
     assert found == [False, True]
+
+
+@pytest.mark.parametrize("first", ["put_off_dynamo()", "import torch._dynamo"])
+def test_a_process_that_plans_imports_what_the_run_imports(first, tmp_path):
+    """Or the imports of the plan would not be those of the run."""
+    recipe = write_recipe(tmp_path / "r.yaml", lm_tree(tmp_path))
+    code = f"""
+        import json
+        from mnemic.train.lazy_dynamo import put_off_dynamo
+        from mnemic.train.recipe.load import dump_recipe, load_recipe
+        from mnemic.train.plan import budget
+
+        def kind(tree, folder):
+            import sys, transformers.models.llama.modeling_llama
+            return type(sys.modules["torch._dynamo"]).__name__
+
+        budget.chosen = kind
+        if __name__ == "__main__":
+            {first}
+            recipe, _ = load_recipe({str(recipe)!r}, [])
+            print(json.dumps({{"kind": budget.apart(dump_recipe(recipe))}}))
+        """
+    (tmp_path / "script.py").write_text(textwrap.dedent(code))
+    done = subprocess.run(
+        [sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr
+    kind = "_Unloaded" if first.startswith("put") else "module"
+    assert json.loads(done.stdout.splitlines()[-1]) == {"kind": kind}

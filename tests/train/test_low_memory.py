@@ -4,7 +4,7 @@ import json
 import logging
 
 import pytest
-from support import lm_tree, merge, rows_of, train_here, write_recipe
+from support import lm_tree, merge, rows_of, sft_tree, train_here, write_recipe
 
 from mnemic.train import doctor
 from mnemic.train.cli import main
@@ -113,6 +113,37 @@ def test_what_is_exact(tmp_path):
     levels = inexact(build_recipe(lm_tree(tmp_path, **lora)))
     assert levels[0] == [{}] and {"offload.base": "nf4", "model.dtype": "bf16"} in levels[2]
     assert not any("optimizer.kind" in one for level in levels for one in level)
+
+
+def test_tokens_are_left_out_only_where_some_are_not_supervised(tmp_path):
+    def shares(tree):
+        levels = inexact(build_recipe(tree))
+        return {one["tokens.keep"] for level in levels for one in level if "tokens.keep" in one}
+
+    assert shares(sft_tree(tmp_path)) == {0.5, 0.25}
+    assert not shares(lm_tree(tmp_path)), "every token of a text has a loss"
+    assert not shares(sft_tree(tmp_path, objective={"loss_on": "all"}))
+    assert not shares(sft_tree(tmp_path, tokens="protect")), "the user's own share stays"
+    given = build_recipe(sft_tree(tmp_path))
+    new = changed(given, {"tokens.kind": "protect", "tokens.keep": 0.25})
+    assert grade(given, new).methods == (
+        "gradients through 25% of the tokens, supervised ones among them",
+    )
+
+
+def test_kernels_are_counted_where_rows_of_many_lengths_are_multiplied_in_bf16(tmp_path):
+    """And where the run bounds their number."""
+
+    def kernels(tree):
+        counter = Counter(build_recipe(tree))
+        return counter.need(counter.given)[1].host.get("kernels")
+
+    small = {"update": "in_backward", "loop": {"precision": "bf16"}}
+    assert kernels(sft_tree(tmp_path, **small)) == 24 << 20
+    assert kernels(sft_tree(tmp_path, **small, offload="ssd") | {"update": "streamed"}) == 24 << 20
+    assert kernels(lm_tree(tmp_path, **small)) == 0
+    assert kernels(sft_tree(tmp_path, update="in_backward")) == 0
+    assert kernels(sft_tree(tmp_path, loop={"precision": "bf16"})) == 0
 
 
 # Runs --------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from pathlib import Path
 from mnemic.train.callbacks.console import size
 from mnemic.train.errors import RecipeError, UserError
 from mnemic.train.folder import RunFolder
+from mnemic.train.lazy_dynamo import put_off_as_here
 from mnemic.train.plan.levers import changed, inexact, ways
 from mnemic.train.recipe.load import build_recipe, dump_recipe, read_yaml
 from mnemic.train.recipe.recipe import Recipe
@@ -52,7 +53,7 @@ def within_budget(recipe: Recipe, folder: RunFolder) -> Recipe:
 def apart(tree: dict) -> tuple[dict, list[str]]:
     """`choose` in a process of its own, whose memory is free again when the run begins."""
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
+    with ProcessPoolExecutor(1, mp_context=context, initializer=put_off_as_here()) as pool:
         return pool.submit(chosen, tree, str(Path.cwd())).result()
 
 

@@ -194,8 +194,8 @@ class _Search:
         least = self._least(list(self.last.values())) or exact
         budget, given = self.counter.budget, self.given.loop.memory_budget
         text = (
-            f"loop.memory_budget={given}: no choice of update, offload, batches and recomputation "
-            f"is predicted to fit into {size(budget)} of {self.counter.place}"
+            f"loop.memory_budget={given}: no choice of update, offload, tokens, batches and "
+            f"recomputation is predicted to fit into {size(budget)} of {self.counter.place}"
         )
         if least is None:
             return f"{text}; take a smaller model, or shorter rows"

@@ -13,12 +13,18 @@ from mnemic.train.recipe.load import apply_overrides, build_recipe, dump_recipe
 from mnemic.train.recipe.memory import GrpoObjective
 from mnemic.train.recipe.model import NoAdapters
 from mnemic.train.recipe.recipe import Recipe
-from mnemic.train.recipe.training import InBackwardUpdate, PlainUpdate, StreamedUpdate
+from mnemic.train.recipe.training import (
+    InBackwardUpdate,
+    PlainUpdate,
+    SftObjective,
+    StreamedUpdate,
+)
 
 Overrides = dict[str, Any]
 
 _TILED = 8192  # tokens of a row from which mlp_tile=auto has an effect (models/exact/tiles.py)
 _CHUNKED = 256  # shorter rows are not worth cutting
+_SHARES = (0.5, 0.25)  # of the tokens, that gradients go through
 _TO_APOLLO = ("adamw", "adamw8bit", "apollo")
 
 
@@ -81,10 +87,19 @@ def inexact(recipe: Recipe) -> list[list[Overrides]]:
         axes.append([{}, {"optimizer.kind": "apollo_mini"}])
         if recipe.optimizer.kind == "adamw":
             axes[-1].insert(1, {"offload.states": "8bit"})
+    if recipe.tokens.kind == "none" and _has_prompts(recipe):
+        kept = ({"tokens.kind": "protect", "tokens.keep": share} for share in _SHARES)
+        axes.append([{}, *kept])
     levels: list[list[Overrides]] = [[] for _ in range(len(axes) + 1)]
     for parts in product(*axes):
         levels[sum(map(bool, parts))].append({k: v for part in parts for k, v in part.items()})
     return levels
+
+
+def _has_prompts(recipe: Recipe) -> bool:
+    """Whether there are tokens without a loss of their own, which `protect` may leave out."""
+    objective = recipe.objective
+    return isinstance(objective, SftObjective) and objective.loss_on == "completion"
 
 
 def candidates(recipe: Recipe, width: int, extra: Overrides) -> Iterator[Candidate]:
@@ -199,6 +214,11 @@ def grade(given: Recipe, new: Recipe) -> Grade:
         methods.append("clips by the norm of the step before")
     if new.model.dtype != given.model.dtype:
         rounds.append(f"weights in {new.model.dtype}")
+    if new.tokens.kind != given.tokens.kind:
+        share = getattr(new.tokens, "keep", 1.0)
+        methods.append(
+            f"gradients through {share:.0%} of the tokens, supervised ones among them"
+        )
     base = getattr(new.offload, "base", "full")
     if base != getattr(given.offload, "base", "full"):
         rounds.append(f"the frozen base in {base}")

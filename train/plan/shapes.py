@@ -17,18 +17,19 @@ from mnemic.train.data.stream import one_pass, take
 from mnemic.train.data.tokenize import IGNORE, Example
 from mnemic.train.errors import UserError
 from mnemic.train.recipe.data import (
+    Data,
     EpisodesData,
     FactsData,
     HubData,
     KvStreamData,
     OperationsData,
-    TextData,
 )
 from mnemic.train.recipe.memory import GrpoObjective, HfGenerator
 from mnemic.train.recipe.recipe import Recipe
 from mnemic.train.recipe.training import LmObjective, SftObjective
 
 _STEPS, _ROWS = 16, 512  # of the data that are looked at, at the most
+_ROW = 1000  # bytes of the objects around a row's text
 
 
 @dataclass(frozen=True)
@@ -238,27 +239,32 @@ def _look_at_evaluation(recipe: Recipe, tokenizer: Any, shapes: Shapes) -> None:
 
 def _waiting_bytes(recipe: Recipe, tokenizer: Any, rows: Sequence[Example]) -> int:
     """The shuffle window's, in Python objects: as many rows as it holds, or as the data has."""
-    data = recipe.data
-    if not data.shuffle or not rows:
-        return 0
-    each = sum(_size(row) for row in rows) / len(rows)
+    data, objective = recipe.data, recipe.objective
+    if not data.shuffle or not rows or isinstance(data, EpisodesData):
+        return 0  # objective grpo's episodes are few
+    joined = sum(len(row.lengths) for row in rows)
+    tokens = sum(_size(row) for row in rows) / joined
+    texts = tokenizer.batch_decode([list(row.input_ids) for row in rows])
+    text = max(1.0, sum(len(x.encode()) for x in texts) / joined)
+    if isinstance(objective, SftObjective):
+        # Rows are shuffled as text; the rows to be joined wait once more, as tokens.
+        each = text + _ROW + (tokens if objective.packing else 0)
+    else:
+        each = tokens
+    return int(min(data.shuffle_window, _count(data, text)) * each)
+
+
+def _count(data: Data, text: float) -> float:
+    """Rows that the data have; endless where that is not known before they are read."""
     if isinstance(data, FactsData):
-        return int(min(data.shuffle_window, data.size) * each)
+        return data.size
     if isinstance(data, KvStreamData):
-        return int(min(data.shuffle_window, data.size * data.stream.n_chunks) * each)
+        return data.size * data.stream.n_chunks
     if isinstance(data, OperationsData):
-        return int(min(data.shuffle_window, data.size * len(data.operations)) * each)
-    if isinstance(data, EpisodesData):
-        return 0  # objective grpo's, whose rows are few
-    if isinstance(data, HubData):
-        return int(data.shuffle_window * each)
-    text = tokenizer.batch_decode([list(row.input_ids) for row in rows])
-    per_row = max(1.0, sum(len(x.encode()) for x in text) / len(rows))
-    total = sum(path.stat().st_size for path in find_files(data.path, "data"))
-    if not isinstance(data, TextData):
-        # Rows are shuffled as text, in objects of Python.
-        each = min(each, per_row + 1000)
-    return int(min(data.shuffle_window, math.ceil(total / per_row)) * each)
+        return data.size * len(data.operations)
+    if isinstance(data, HubData | EpisodesData):
+        return math.inf
+    return math.ceil(sum(path.stat().st_size for path in find_files(data.path, "data")) / text)
 
 
 def _size(row: Example) -> int:

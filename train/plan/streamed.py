@@ -74,7 +74,7 @@ def fill_streamed(planner: "Planner", way: "Way", recipe: Recipe, shapes: Shapes
         if offload.activations != "device":
             way.host["layer inputs"] = way.device.pop("layer inputs")
     else:
-        way.host |= {**working, **adapters}
+        way.host |= {**working, **adapters, "kernels": planner.kernels(recipe)}
     _count_disk(planner, way, recipe, plan, shapes, inputs - kept)
 
 

@@ -28,7 +28,7 @@ from mnemic.train.plan.sizes import (
 from mnemic.train.plan.techniques import kept_tokens
 from mnemic.train.recipe.offload import NoOffload
 from mnemic.train.recipe.recipe import Recipe
-from mnemic.train.recipe.training import InBackwardUpdate, Loop, StreamedUpdate
+from mnemic.train.recipe.training import InBackwardUpdate, LmObjective, Loop, StreamedUpdate
 from mnemic.train.tokens import install_tokens
 
 T = TypeVar("T")
@@ -37,6 +37,10 @@ HEAP = 1.6
 """glibc's heap serves blocks below 32 MiB, finds them by best fit, and hardly ever shrinks: it
 takes this many times the most that was in use of such blocks at any moment, and keeps it. Found by
 the runs of docs/plan.md. Once, where the run makes the heap give back (`Recipe.settles_heap`)."""
+
+KERNELS = 32 * (3 << 18)
+"""oneDNN's, where rows have many lengths: as many as `settle_malloc` lets it keep, three quarters
+of a MiB each, measured on products of 200 to 1,500 by 600."""
 
 
 @dataclass
@@ -146,6 +150,7 @@ class Planner:
         if self.device.type == "cpu":
             way.host |= parts
             way.host["heap"] = 0 if recipe.settles_heap else max(0, int(most) - top.total)
+            way.host["kernels"] = self.kernels(recipe)
         else:
             way.device = parts
             way.host["moved activations"] = found.moved if mode == "host" else 0
@@ -202,6 +207,15 @@ class Planner:
                 lambda: Peak(0, guessed_logits(self.model, shape)),
             )
         return self._forwards[shape]
+
+    def kernels(self, recipe: Recipe) -> int:
+        """Of matrix products in bf16 on a CPU. Where the run does not bound their number they are
+        past what can be told, and where all rows are of one length they are few.
+        """
+        low = recipe.loop.precision != "fp32" or recipe.model.dtype != "fp32"
+        one = isinstance(recipe.objective, LmObjective)
+        bounded = self.device.type == "cpu" and recipe.settles_heap
+        return KERNELS if bounded and low and not one else 0
 
     # What the streamed ways use as well ------------------------------------------------------
 

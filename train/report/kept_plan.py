@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mnemic.train.checkpoint import write_atomic
+from mnemic.train.lazy_dynamo import put_off_as_here
 from mnemic.train.recipe.load import build_recipe, dump_recipe
 from mnemic.train.recipe.recipe import Recipe
 from mnemic.train.report.planned import Planned, plan_of, takes_memory
@@ -34,7 +35,7 @@ def kept_plan(recipe: Recipe, folder: Path) -> Planned:
     log.info("track.plan: planning the run")
     try:
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(1, mp_context=context) as pool:
+        with ProcessPoolExecutor(1, mp_context=context, initializer=put_off_as_here()) as pool:
             planned = pool.submit(_planned, tree, str(Path.cwd())).result()
     except BrokenProcessPool:
         # Planning is beside the point of a run; a machine too full for it may still train.
