@@ -58,9 +58,10 @@ def run(recipe: Recipe, console: Any) -> dict[str, Any]:
 
             work = work_folders(recipe, folder.path)
             work.claim()
-        if recipe.settles_heap:
-            from mnemic.train.offload.memory import settle_malloc
+        from mnemic.train.offload.memory import bound_kernels, settle_malloc
 
+        bound_kernels()
+        if recipe.settles_heap:
             settle_malloc()
         with ExitStack() as stack:
             return _run(recipe, folder, start, console, work, stack, planned)

@@ -51,20 +51,26 @@ def bytes_of(buffer: Tensor) -> memoryview:
 _PRIMITIVES = "32"
 
 
-def settle_malloc() -> bool:
-    """Keep resident memory at what is in use: matrix kernels and malloc. Call it before both.
+def bound_kernels() -> None:
+    """Keep few compiled matrix kernels on a CPU. Call it before the first product.
 
-    oneDNN, and torch's cache over it, keep a compiled kernel with its buffers for each shape of a
-    product, 1024 of them by default: with rows of changing length that alone grew by 8 MiB a
-    length (measured; 32 hold the shapes of a layer).
+    oneDNN, and torch's cache over it, keep one with its buffers for each shape of a product, 1024
+    of them by default: with rows of changing length that alone grew by 8 MiB a length (measured).
+    32 hold the shapes of a layer.
+    """
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(name, _PRIMITIVES)
+
+
+def settle_malloc() -> bool:
+    """Keep resident memory at what is in use. Call it before large blocks are allocated.
 
     glibc is made to return large blocks to the system at once and to keep one arena: otherwise
     small lasting allocations between large temporary ones freeze the heap at its highest point, and
     what one thread has freed is of no use to another. False where the C library has no such
     setting, or the user has set it.
     """
-    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
-        os.environ.setdefault(name, _PRIMITIVES)
+    bound_kernels()
     if any(key.startswith("MALLOC_") for key in os.environ):
         return False
     try:

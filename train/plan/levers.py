@@ -216,9 +216,7 @@ def grade(given: Recipe, new: Recipe) -> Grade:
         rounds.append(f"weights in {new.model.dtype}")
     if new.tokens.kind != given.tokens.kind:
         share = getattr(new.tokens, "keep", 1.0)
-        methods.append(
-            f"gradients through {share:.0%} of the tokens, supervised ones among them"
-        )
+        methods.append(f"gradients through {share:.0%} of the tokens, supervised ones among them")
     base = getattr(new.offload, "base", "full")
     if base != getattr(given.offload, "base", "full"):
         rounds.append(f"the frozen base in {base}")

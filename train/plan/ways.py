@@ -39,7 +39,7 @@ takes this many times the most that was in use of such blocks at any moment, and
 the runs of docs/plan.md. Once, where the run makes the heap give back (`Recipe.settles_heap`)."""
 
 KERNELS = 32 * (3 << 18)
-"""oneDNN's, where rows have many lengths: as many as `settle_malloc` lets it keep, three quarters
+"""oneDNN's, where rows have many lengths: as many as `bound_kernels` lets it keep, three quarters
 of a MiB each, measured on products of 200 to 1,500 by 600."""
 
 
@@ -209,13 +209,10 @@ class Planner:
         return self._forwards[shape]
 
     def kernels(self, recipe: Recipe) -> int:
-        """Of matrix products in bf16 on a CPU. Where the run does not bound their number they are
-        past what can be told, and where all rows are of one length they are few.
-        """
+        """Of matrix products in bf16 on a CPU; few where all rows are of one length."""
         low = recipe.loop.precision != "fp32" or recipe.model.dtype != "fp32"
         one = isinstance(recipe.objective, LmObjective)
-        bounded = self.device.type == "cpu" and recipe.settles_heap
-        return KERNELS if bounded and low and not one else 0
+        return KERNELS if self.device.type == "cpu" and low and not one else 0
 
     # What the streamed ways use as well ------------------------------------------------------
 

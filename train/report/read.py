@@ -84,10 +84,12 @@ class Run:
         return [(row["step"], float(row[key])) for row in self.rows if _number(row.get(key))]
 
     def ends(self, key: str) -> tuple[float | None, float | None]:
-        """First and last value of a key; the summary's evaluations where rows have none."""
+        """First and last value of a key, the first None where there is but one; the summary's
+        evaluations where rows have none.
+        """
         points = self.points(key)
         if points:
-            return points[0][1], points[-1][1]
+            return points[0][1] if len(points) > 1 else None, points[-1][1]
         first, last = (self.summary.get(f"evaluation_{end}") or {} for end in ("first", "last"))
         return first.get(key), last.get(key)
 

@@ -76,6 +76,8 @@ def differences(runs: Sequence[Run]) -> str:
 def _value(value: Any) -> str:
     if value is ABSENT:
         return "-"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_value, value)) + "]"
     return to_yaml(value).removesuffix("\n").removesuffix("\n...")
 
 

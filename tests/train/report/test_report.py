@@ -90,6 +90,17 @@ def test_several_runs_are_laid_over_each_other(runs, tmp_path, capsys):
     assert "Plan against" not in shown.text
 
 
+def test_a_run_that_was_evaluated_once_has_no_before(run, tmp_path, capsys):
+    metrics = run / "metrics.jsonl"
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    early = [{k: v for k, v in row.items() if not k.startswith("eval/")} for row in rows[:-1]]
+    write_jsonl(metrics, [*early, rows[-1]])
+    out = tmp_path / "page.html"
+    assert report(capsys, run, "--out", out, "--no-plan")[0] == 0
+    text = Reader(out.read_text("utf-8")).text
+    assert f"{rows[-1]['eval/loss']:.4f}" in text and "\u2192" not in text
+
+
 def test_a_torn_file_costs_its_lines_only(run, tmp_path, capsys, caplog):
     metrics = run / "metrics.jsonl"
     lines = metrics.read_bytes().splitlines()
