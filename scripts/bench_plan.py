@@ -36,17 +36,18 @@ RECIPES: dict[str, list[str]] = {
     ],
     "memory_sft_tiny": ["loop.steps=20", "evaluation.every=20", "evaluation.play=2"],
     "memory_grpo_tiny": ["loop.steps=2", "evaluation.every=2", "evaluation.data.size=4"],
-    "memory_sft_smollm2": ["loop.steps=6", "evaluation.every=6", "evaluation.data.size=4",
+    # As many as it takes until turns end like a teacher's, which the plan of grpo expects.
+    "memory_sft_smollm2": ["loop.steps=40", "evaluation.every=40", "evaluation.data.size=4",
                            "evaluation.play=1"],
-    "memory_grpo_smollm2": ["model.kind=smollm2-135m", "loop.steps=1", "evaluation.every=1",
-                            "evaluation.data.size=1"],
+    "memory_grpo_smollm2": ["loop.steps=1", "evaluation.every=1", "evaluation.data.size=1"],
     "memlora_extract": GENERATED,
     "memlora_update": GENERATED,
     "memlora_generate": GENERATED,
     "memlora_all": GENERATED,
 }  # fmt: skip
-WARM = "memory_sft_tiny"
-"""What memory_grpo_tiny begins from."""
+WARM = {"memory_grpo_tiny": "memory_sft_tiny", "memory_grpo_smollm2": "memory_sft_smollm2"}
+"""What a recipe begins from."""
+QUICK = "memory_sft_tiny"
 
 
 def mnemic(*args: str, cwd: Path) -> str:
@@ -76,12 +77,12 @@ def main() -> None:
     parser.add_argument("--text", type=Path)
     parser.add_argument("--rows", type=Path)
     parser.add_argument("--only", type=lambda text: text.split(","), default=list(RECIPES))
-    parser.add_argument("--quick", action="store_true", help=f"{WARM} alone, which needs no file")
+    parser.add_argument("--quick", action="store_true", help=f"{QUICK} alone, which needs no file")
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     if args.quick:
-        args.only = [WARM]
+        args.only = [QUICK]
     unknown = [name for name in args.only if name not in RECIPES]
     if unknown:
         parser.error(f"--only: {', '.join(unknown)} not among {', '.join(RECIPES)}")
@@ -98,9 +99,13 @@ def main() -> None:
         work = Path(folder)
         for name in args.only:
             overrides = [item.format(**values) for item in RECIPES[name]]
-            if name == "memory_grpo_tiny" and not (work / "runs" / WARM).is_dir():
-                mnemic("train", WARM, *RECIPES[WARM], cwd=work)
+            before = WARM.get(name)
             try:
+                if before is not None and not (work / "runs" / before).is_dir():
+                    mnemic("train", before, *RECIPES[before], cwd=work)
+                if name == "memory_grpo_smollm2":
+                    warm = f"runs/{before}"
+                    mnemic("export", warm, f"{warm}/merged", "--merge", cwd=work)
                 row = measure(name, overrides, work)
             except RuntimeError as error:
                 found.append({"name": name, "failed": str(error)})

@@ -33,7 +33,7 @@ from mnemic.train.tokens import install_tokens
 
 T = TypeVar("T")
 
-HEAP = 1.6
+HEAP = 1.5
 """glibc's heap serves blocks below 32 MiB, finds them by best fit, and hardly ever shrinks: it
 takes this many times the most that was in use of such blocks at any moment, and keeps it. Found by
 the runs of docs/plan.md. Once, where the run makes the heap give back (`Recipe.settles_heap`)."""
