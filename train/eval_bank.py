@@ -95,9 +95,10 @@ def find(target: str, base: str | None = None) -> Source:
             )
     model, seed, kept = models[0][1:] if models else ({}, 0, None)
     if base is not None:
-        smol = base == "smollm2-135m"
-        model = {"kind": base} if smol else {"kind": "pretrained", "path": base}
-        kept = None
+        from mnemic.train.recipe.model import PretrainedModel, SmolLM2
+
+        part = SmolLM2() if base == "smollm2-135m" else PretrainedModel(path=base)
+        model, kept = part.model_dump(mode="json"), None
     return Source(experts, model, seed, kept)
 
 
@@ -109,7 +110,8 @@ def find_shared(name: str, source: Source) -> Path:
 
         folder, recipe = open_run(name)
         model = recipe.model.model_dump(mode="json")
-        if model != source.model:
+        # Weights held in another type are the same base, rounded.
+        if model | {"dtype": None} != source.model | {"dtype": None}:
             raise UserError(
                 f"--systems shared={name}: was trained over {_named(model)} and the target over "
                 f"{_named(source.model)}, or with other settings of `model`; they need one base"

@@ -8,6 +8,7 @@ from argparse import Namespace
 
 import pytest
 from bank_support import EXTRACT, GENERATE, UPDATE, bank_of
+from support import lm_tree, write_recipe
 
 from mnemic.models.memory.op_prompts import OPERATIONS, generate_messages
 from mnemic.models.memory.op_writer import ModelWriter
@@ -17,6 +18,7 @@ from mnemic.train.errors import RecipeError, UserError
 from mnemic.train.eval_bank import SHARED, find, find_shared, is_bank, load, need
 from mnemic.train.eval_memory import eval_memory
 from mnemic.train.eval_pipeline import plan_of
+from mnemic.train.recipe.load import build_recipe, dump_recipe
 
 SHORT: dict[str, int] = dict.fromkeys(OPERATIONS, 8)
 MODEL = {"kind": "tiny", "hidden_size": 32, "layers": 1, "heads": 2, "max_position": 1024}
@@ -176,6 +178,19 @@ def test_a_run_of_a_bank_is_its_result_over_its_own_base(fork_server, folder, tm
     assert not is_bank(str(run))
 
 
+def test_a_shared_run_is_of_the_base_in_whatever_type_it_was_held(folder, tmp_path):
+    tree = lm_tree(tmp_path, model={"kind": "smollm2-135m", "dtype": "fp32"}, adapters="lora")
+    run = tmp_path / "run"
+    (run / "final").mkdir(parents=True)
+    write_recipe(run / "recipe.yaml", dump_recipe(build_recipe(tree)))
+    (run / "final" / "adapter_config.json").write_text("{}")
+    source = find(str(folder / "bank"), "smollm2-135m")
+    assert source.model["dtype"] == "bf16"
+    assert find_shared(str(run), source) == run / "final"
+    with pytest.raises(UserError, match="trained over smollm2-135m and the target over some/model"):
+        find_shared(str(run), find(str(folder / "bank"), "some/model"))
+
+
 def test_what_cannot_be_a_bank_is_refused(folder, tmp_path):
     target = str(folder / "bank")
     with pytest.raises(UserError, match="holds no adapter bank"):
@@ -185,7 +200,8 @@ def test_what_cannot_be_a_bank_is_refused(folder, tmp_path):
     unnamed = save(tiny_bank(EXTRACT), tmp_path / "unnamed", EXTRACT, named=False)
     with pytest.raises(UserError, match="add --base MODEL"):
         find(str(unnamed))
-    assert find(str(unnamed), "some/model").model == {"kind": "pretrained", "path": "some/model"}
+    given = find(str(unnamed), "some/model").model
+    assert (given["kind"], given["path"]) == ("pretrained", "some/model")
     (unnamed / "bank.json").write_text("{")
     with pytest.raises(UserError, match="the section of a recipe"):
         find(str(unnamed))
