@@ -144,6 +144,18 @@ def test_shapes_of_rollouts_are_a_teachers(tmp_path, warm_model):
     most = recipe.objective.max_length
     assert 8 < found.largest.width < most and found.largest.columns < found.largest.width
     assert found.prompts.width < found.largest.width
+    # Half as long again where that may be written, and no longer than a teacher's where it may not.
+    short, long = (
+        shapes_of(
+            recipe.model_copy(
+                update={"memory": recipe.memory.model_copy(update={"max_new_tokens": count})}
+            ),
+            tokenizer,
+        ).largest
+        for count in (1, most)
+    )
+    assert short.width < long.width < most
+    assert long.columns - short.columns == long.width - short.width
     assert shapes_of(recipe, tokenizer, most).largest.width == most
     assert shapes_of(recipe, None).largest.width == most
 

@@ -29,6 +29,7 @@ from mnemic.train.recipe.recipe import Recipe
 from mnemic.train.recipe.training import LmObjective, SftObjective
 
 _STEPS, _ROWS = 16, 512  # of the data that are looked at, at the most
+_ON = 0.5  # of a teacher's longest turn, found by the runs of docs/plan.md
 _ROW = 1000  # bytes of the objects around a row's text
 
 
@@ -152,9 +153,16 @@ def _as_taught(
         return
     size = found.step[0].rows
     hull = _hull([_shape(turns[i : i + size], False) for i in range(0, len(turns), size)])
-    found.step = [replace(hull, rows=size, padded=True)] * len(found.step)
+    # Sampled turns run on past the longest of a teacher's.
+    longest = max(sum(label != IGNORE for label in turn.labels) for turn in turns)
+    more = int(_ON * longest)
+    if recipe.memory is not None:
+        more = min(more, max(0, recipe.memory.max_new_tokens - longest))
+    width = min(hull.width + more, objective.max_length)
+    columns = None if hull.columns is None else hull.columns + width - hull.width
+    found.step = [Shape(size, width, columns, padded=True)] * len(found.step)
     found.note = (
-        f"{size} rows of {hull.width:,} tokens at once, as a teacher's turns are; at most "
+        f"{size} rows of {width:,} tokens at once, a little more than a teacher's turns; at most "
         f"{objective.max_length:,} (objective.max_length)"
     )
     if found.prompts is not None:
