@@ -5,8 +5,9 @@ another.
 
 Each row is `mnemic train finetune_apollo_mini` (SmolLM2-135M, bf16 weights, all 134.5 M parameters)
 for a few steps in a process of its own, with the optimizer and the update changed. The figure is
-the highest resident size of any step from the second on, less that of a process that has only
-imported what training imports. What the model and its activations need is in every row.
+the highest resident size of any step from the second on, less that of a process that has
+imported what training imports and made one step of a tiny model. What the model and its
+activations need is in every row.
 """
 
 import argparse

@@ -6,7 +6,7 @@ runs, one after another.
 Each row is `mnemic train lowmem_long` (SmolLM2-135M, bf16 weights, rows of 2,048 tokens, prompt and
 completion; scripts/long_rows.py makes such) in a process of its own with parts taken out. The
 peak is the highest resident size of any step from the second on, less that of a process that has
-only imported what training imports.
+imported what training imports and made one step of a tiny model.
 
 With --learn the recipe is also trained for as many steps beside its exact form (all tokens, in
 memory, same optimizer) and AdamW, and the held-out losses, dense, of the same rows are shown.
