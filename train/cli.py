@@ -9,9 +9,11 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from typing import NoReturn
 
 from mnemic.train.errors import RecipeError, UserError
 from mnemic.train.lazy_dynamo import put_off_dynamo
+from mnemic.train.leave import leave
 
 RECIPE_HELP = "a recipe file, or the name of a shipped recipe (mnemic recipes ls)"
 OVERRIDES_HELP = "overrides such as optimizer.lr=1e-4 or adapters.kind=none; the last one wins"
@@ -348,5 +350,10 @@ def _dispatch(args: argparse.Namespace) -> int:
     return getattr(commands, args.command)(args)
 
 
+def console() -> NoReturn:
+    """The command as a process of its own."""
+    leave(main())
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    console()

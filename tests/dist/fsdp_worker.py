@@ -14,6 +14,7 @@ from torch import nn
 
 from mnemic.optim.apollo import Apollo, ApolloMini
 from mnemic.optim.select import apollo_groups
+from mnemic.train.leave import leave
 
 STEPS, HALF = 8, 4
 KINDS = ("sparse", "gaussian", "mini")
@@ -107,3 +108,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave(0)
