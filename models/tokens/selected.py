@@ -12,6 +12,7 @@ it saves at 8K.
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -66,66 +67,110 @@ class _Rows:
         return out
 
 
+Part = tuple[int, slice, int, list[Tensor], Tensor]
+"""(row of the batch, slice of queries, number of keys, [queries, keys, values], output)."""
+
+
 class _Attention(torch.autograd.Function):
     """`query`, `key`, `value`: the selected tokens' (B, h, T, D); `keys`, `values`: of all tokens,
-    in which the selected ones' are replaced.
+    in which the selected ones' are replaced. `keep`: with graphs of the parts until the backward,
+    so that there is no second computation.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, rows: _Rows, query: Tensor, key: Tensor, value: Tensor, keys: Tensor,
-        values: Tensor,
+        ctx: Any, rows: _Rows, keep: bool, query: Tensor, key: Tensor, value: Tensor,
+        keys: Tensor, values: Tensor,
     ) -> Tensor:  # fmt: skip
-        ctx.rows, ctx.replay = rows, Replay(query.device)
-        ctx.save_for_backward(query, key, value, keys, values)
-        return _attend(
-            rows, query, _insert(keys, rows.index, key), _insert(values, rows.index, value)
-        )
+        ctx.rows, ctx.replay, ctx.parts = rows, Replay(query.device), None
+        wholes = _insert(keys, rows.index, key), _insert(values, rows.index, value)
+        if not keep:
+            ctx.save_for_backward(query, key, value, keys, values)
+            return _attend(rows, query, *wholes)
+        ctx.groups = _groups(rows.module, query, keys)
+        ctx.shape, ctx.dtype = keys.shape, key.dtype
+        wholes = [_ungroup(w, ctx.groups) for w in wholes]
+        with _ungrouped(rows.module, ctx.groups):
+            ctx.parts = list(_with_graphs(rows, query, *wholes))
+        found = [
+            torch.cat([out for row, *_, out in ctx.parts if row == one], 1)
+            for one in range(len(query))
+        ]
+        return torch.cat(found).detach()
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         (grad,), rows = grads, ctx.rows
-        query, key, value, keys, values = ctx.saved_tensors
-        wholes = _insert(keys, rows.index, key), _insert(values, rows.index, value)
-        dquery = torch.empty_like(query)
-        sums = [torch.zeros_like(w, dtype=torch.float32) for w in wholes]
+        if ctx.parts is None:
+            query, key, value, keys, values = ctx.saved_tensors
+            wholes = _insert(keys, rows.index, key), _insert(values, rows.index, value)
+            parts, groups = _with_graphs(rows, query, *wholes), 1
+            shape, dtype = keys.shape, key.dtype
+        else:
+            parts, groups, shape, dtype = ctx.parts, ctx.groups, ctx.shape, ctx.dtype
+        batch, heads, length, size = shape
+        sums = [grad.new_zeros(batch, heads * groups, length, size, dtype=torch.float32)]
+        sums.append(torch.zeros_like(sums[0]))
+        # Of the queries (B, T, Hq, D), as the output is.
+        dquery = torch.empty_like(grad)
         with ctx.replay():
-            for row, part, end in rows.parts(keys.shape[2]):
-                with torch.enable_grad():
-                    leaves = [query[row : row + 1, :, part].detach().requires_grad_()]
-                    leaves += [w[row : row + 1, :, :end].detach().requires_grad_() for w in wholes]
-                    out = rows(row, part, *leaves)
+            for row, part, end, leaves, out in parts:
                 found = torch.autograd.grad(out, leaves, grad[row : row + 1, part])
-                dquery[row, :, part] = found[0][0]
+                dquery[row, part] = found[0][0].transpose(0, 1)
                 for total, own in zip(sums, found[1:], strict=True):
                     total[row, :, :end] += own[0]
-        dkey, dvalue = (_pick(s, rows.index).to(key.dtype) for s in sums)
-        wholes = [None, None]
-        if ctx.needs_input_grad[4]:
+        ctx.parts = None
+        sums = [s.unflatten(1, (heads, groups)).sum(2) if groups > 1 else s for s in sums]
+        dkey, dvalue = (_pick(s, rows.index).to(dtype) for s in sums)
+        dwholes: list[Tensor | None] = [None, None]
+        if ctx.needs_input_grad[5]:
             # The selected rows' own came in the place of these.
             places = rows.index[:, None, :, None].expand_as(dkey)
-            wholes = [s.scatter_(2, places, 0).to(key.dtype) for s in sums]
-        return None, dquery, dkey, dvalue, *wholes
+            dwholes = [s.scatter_(2, places, 0).to(dtype) for s in sums]
+        return None, None, dquery.transpose(1, 2), dkey, dvalue, *dwholes
 
 
-def _attend_kept(rows: _Rows, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """`_attend` with a graph of each part: no second computation, and all that the parts save."""
-    found: list[list[Tensor]] = [[] for _ in range(query.shape[0])]
+def _with_graphs(rows: _Rows, query: Tensor, keys: Tensor, values: Tensor) -> Iterator[Part]:
+    """Every part's attention, with a graph from its own queries, keys and values."""
     for row, part, end in rows.parts(keys.shape[2]):
-        own = (t[row : row + 1, :, :end] for t in (keys, values))
-        found[row].append(rows(row, part, query[row : row + 1, :, part], *own))
-    return torch.cat([torch.cat(parts, 1) for parts in found])
+        with torch.enable_grad():
+            leaves = [query[row : row + 1, :, part].detach().requires_grad_()]
+            leaves += [t[row : row + 1, :, :end].detach().requires_grad_() for t in (keys, values)]
+            out = rows(row, part, *leaves)
+        yield row, part, end, leaves, out
+
+
+def _groups(module: nn.Module, query: Tensor, keys: Tensor) -> int:
+    """Query heads that share keys, where the module's attention copies keys for each."""
+    groups = query.shape[1] // keys.shape[1]
+    return groups if getattr(module, "num_key_value_groups", 1) == groups else 1
+
+
+def _ungroup(whole: Tensor, groups: int) -> Tensor:
+    """Keys or values (B, h, S, D) for each query head: parts share what each would copy."""
+    return whole.repeat_interleave(groups, 1) if groups > 1 else whole
+
+
+@contextmanager
+def _ungrouped(module: Any, groups: int) -> Iterator[None]:
+    """Inside, the module's attention takes keys and values for each query head."""
+    if groups == 1:
+        yield
+        return
+    module.num_key_value_groups = 1
+    try:
+        yield
+    finally:
+        module.num_key_value_groups = groups
 
 
 def _kept_bytes(rows: _Rows, query: Tensor, length: int) -> int:
-    """What `_attend_kept` saves: keys and values, for as many heads as queries have where there is
-    a mask, and the mask.
+    """What graphs of all parts hold: keys and values for each query head, queries and outputs,
+    and a mask of each part.
     """
-    heads, size = query.shape[1], query.shape[3]
-    parts = rows.parts(length)
-    return query.element_size() * sum(
-        end * (2 * heads * size + part.stop - part.start) for _, part, end in parts
-    )
+    batch, heads, count, size = query.shape
+    masks = sum(end * (part.stop - part.start) for _, part, end in rows.parts(length))
+    return query.element_size() * (2 * batch * heads * size * (length + count) + masks)
 
 
 @torch.no_grad()
@@ -165,10 +210,8 @@ def attend_from(
     def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, _: Any, **kw: Any):
         rows = _Rows(module, index, mask, kw)
         if torch.is_grad_enabled():
-            if once and _kept_bytes(rows, query, keys.shape[2]) <= _KEPT:
-                whole = (_insert(t, index, part) for t, part in ((keys, key), (values, value)))
-                return _attend_kept(rows, query, *whole), None
-            return _Attention.apply(rows, query, key, value, keys, values), None
+            keep = once and _kept_bytes(rows, query, keys.shape[2]) <= _KEPT
+            return _Attention.apply(rows, keep, query, key, value, keys, values), None
         own = (_insert(t, index, part) for t, part in ((keys, key), (values, value)))
         return _attend(rows, query, *own), None
 

@@ -7,8 +7,11 @@ import pytest
 import torch
 from torch import nn
 
+from mnemic.models.exact.attention import capture, plain_forward
 from mnemic.models.tokens import selected
 from mnemic.models.tokens.config import TokensConfig
+from mnemic.models.tokens.rows import take
+from mnemic.models.tokens.selected import cut_call
 from mnemic.models.tokens.sparsity import TokenSparsity
 
 BATCHES = {
@@ -164,3 +167,36 @@ def test_trained_mlps_are_refused() -> None:
         TokenSparsity(a.small("llama"), config)
     with pytest.raises(ValueError, match="gate_proj"):
         TokenSparsity(a.small("opt"), config)
+
+
+@pytest.mark.parametrize("heads", [1, 2, 4], ids=["one-key-head", "grouped", "all"])
+def test_parts_of_the_attention_share_what_they_keep(
+    heads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the graphs hold is what decides about keeping them: no copy of keys for each part."""
+    monkeypatch.setattr(selected, "_QUERIES", 16)
+    model = a.small("llama", num_key_value_heads=heads)
+    layer, length, index = model.model.layers[0], 256, torch.arange(0, 256, 2)[None]
+    hidden = torch.randn(1, length, model.config.hidden_size)
+    places = torch.arange(length)[None]
+    named = {"position_embeddings": model.model.rotary_emb(hidden, places)}
+    with torch.no_grad():
+        _, keys, values, _ = capture(layer, plain_forward(layer), hidden, **named)
+        query, key, value, _ = capture(
+            layer, plain_forward(layer), take(hidden, index), **cut_call(named, index)
+        )
+    rows = selected._Rows(layer.self_attn, index, None, {"scaling": 0.3})
+    found: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        found[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    query.requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = selected._Attention.apply(rows, True, query, key, value, keys, values)
+    predicted = selected._kept_bytes(rows, query, length)
+    assert 0.8 * predicted < sum(found.values()) < 1.2 * predicted
+    again = selected._Attention.apply(rows, False, query, key, value, keys, values)
+    torch.testing.assert_close(out, again, rtol=1e-6, atol=1e-6)
+    assert layer.self_attn.num_key_value_groups == 4 // heads
