@@ -5,6 +5,8 @@ launch` would announce in the environment.
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +42,26 @@ def environment(engine: str) -> dict[str, str]:
 
 def run(folder: Path, ranks: int, *overrides: str, engine: str = "ddp") -> Any:
     """The finished process of the run that `folder/recipe.yaml` describes."""
-    return subprocess.run(
-        command(ranks, *overrides), cwd=folder, capture_output=True, text=True, timeout=250,
-        env=environment(engine),
+    process = subprocess.Popen(
+        command(ranks, *overrides), cwd=folder, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, env=environment(engine),
     )  # fmt: skip
+    with ended(process):
+        out, err = process.communicate(timeout=250)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+@contextmanager
+def ended(*agents: subprocess.Popen[str]) -> Iterator[None]:
+    """On the way out, launchers that still run are asked to end, and end their ranks."""
+    try:
+        yield
+    finally:
+        for agent in agents:
+            if agent.poll() is None:
+                agent.terminate()
+        for agent in agents:
+            agent.wait(timeout=60)
 
 
 def train(folder: Path, ranks: int, *overrides: str, engine: str = "ddp") -> None:

@@ -4,7 +4,7 @@ import socket
 import subprocess
 
 import pytest
-from ranks import close, command, environment, train
+from ranks import close, command, ended, environment, train
 from support import lm_tree, train_here, write_recipe
 
 pytestmark = pytest.mark.dist
@@ -29,7 +29,8 @@ def machines(folders, engine="ddp", *overrides):
                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             )
         )  # fmt: skip
-    outputs = [agent.communicate(timeout=250)[0] for agent in agents]
+    with ended(*agents):
+        outputs = [agent.communicate(timeout=250)[0] for agent in agents]
     return [(agent.returncode, out) for agent, out in zip(agents, outputs, strict=True)]
 
 
