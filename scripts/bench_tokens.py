@@ -26,8 +26,9 @@ MALLOC = {
 ARMS = [
     "dense", "dense, peft's fp32 adapters", "checkpoint", "loss without logits",
     "checkpoint + loss", "checkpoint + loss + tiled mlp", "sequence chunks + loss", "token_tune",
-    "random-ltd", "lemo, no checkpoint", "lemo", "protect", "protect, keep 0.5",
-    "drop", "drop, no checkpoint", "drop, visible", "drop + sequence chunks", "truncation to half",
+    "random-ltd", "lemo, no checkpoint", "lemo", "protect", "protect, keep 0.4",
+    "protect, keep 0.5", "drop", "drop, no checkpoint", "drop, visible", "drop + sequence chunks",
+    "truncation to half",
 ]  # fmt: skip
 ALL = ["dense", "checkpoint", "loss without logits", "checkpoint + loss", "loss subsampling"]
 

@@ -42,6 +42,7 @@ ARMS: dict[str, tuple[set[str], Any]] = {
     "lemo, no checkpoint": ({"loss"}, Lemo()),
     "lemo": (EXACT, Lemo()),
     "protect": (EXACT, Protect()),
+    "protect, keep 0.4": (EXACT, Protect(keep=0.4)),
     "protect, keep 0.5": (EXACT, Protect(keep=0.5)),
     "drop": (EXACT, Drop()),
     "drop, no checkpoint": ({"loss"}, Drop()),
