@@ -112,6 +112,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="JSONL rows; by default made-up ones")
     parser.add_argument("--steps", type=int, default=4, help="0: no table of memory")
     parser.add_argument("--learn", type=int, default=0, metavar="STEPS")
+    parser.add_argument(
+        "--arms", nargs="+", choices=ROWS, metavar="NAME", help="of the first table"
+    )
     parser.add_argument("--quick", action="store_true", help="three arms, a tiny model, short rows")
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args()
@@ -127,7 +130,7 @@ def main() -> None:
         data = (args.data or _rows(Path(name), 300 if args.quick else 7000)).resolve()
         folder = Path(name) / "runs"
         folder.mkdir()
-        names = QUICK if args.quick else ROWS
+        names = args.arms or (QUICK if args.quick else ROWS)
         found = memory(folder, data, steps, extra, base, names) if steps else []
         losses = learn(folder, data, args.learn, extra) if args.learn else []
     over = {row["name"]: row["peak_over_imports"] for row in found}
@@ -135,8 +138,10 @@ def main() -> None:
     if args.learn:
         loss = {row["name"]: row["eval_loss"] for row in losses}
         ratios |= {f"held-out loss, {LAST} vs {n}": loss[LAST] / loss[n] for n in loss if n != LAST}
-    ratios |= {f"{n} vs {FIRST}": over[n] / over[FIRST] for n in over if n != FIRST}
-    ratios |= {f"{LAST} vs {n}": over[LAST] / over[n] for n in over if n not in (FIRST, LAST)}
+    if FIRST in over:
+        ratios |= {f"{n} vs {FIRST}": over[n] / over[FIRST] for n in over if n != FIRST}
+    if LAST in over:
+        ratios |= {f"{LAST} vs {n}": over[LAST] / over[n] for n in over if n not in (FIRST, LAST)}
     for key, value in ratios.items():
         print(f"{key}: {value:.3f}")
     if args.json:
